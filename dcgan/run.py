@@ -1,0 +1,115 @@
+"""A run: one directory that holds all that one experiment made, and the paths in it.
+
+    experiment.json   the experiment and the fingerprint of its image store
+    metrics.jsonl     one line every `train.log_every` steps
+    checkpoints/      <step>/ and best.json
+    samples/          <step>.png
+    features/         <source>/<split>-<layer>.npy
+    scores/           <protocol>.json
+    export/           weights as safetensors
+    report.html       the page
+    mlflow.json       what has been delivered to MLflow
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dcgan import storage
+from dcgan.config import Experiment, digest, validate
+from dcgan.data.store import Store
+
+
+class BusyError(RuntimeError):
+    """Another process is writing this run; the message names it."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """The paths of a run, and what is in its files. `path` is `<home>/runs/<name>`."""
+
+    path: Path
+    experiment: Experiment
+    fingerprint: str
+
+    @classmethod
+    def create(cls, experiment: Experiment, store: Store) -> "Run":
+        """The run of this experiment on this store: a new directory, or the one that is already there.
+
+        The name is a function of data, model, training and images, so the same command finds its run again;
+        `compute` and `evaluate` may differ from last time and are stored anew.
+        """
+        name = f"{store.dataset}-{digest([experiment.identity(), store.fingerprint])}"
+        run = cls(experiment.home / "runs" / name, experiment, store.fingerprint)
+        recorded = {"experiment": experiment.model_dump(mode="json"), "fingerprint": store.fingerprint}
+        storage.write_json(run.path / "experiment.json", recorded)
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> "Run":
+        """The run in a directory. Raises FileNotFoundError or ValueError, naming the path, if there is none."""
+        file = path / "experiment.json"
+        if not file.is_file():
+            raise FileNotFoundError(f"{path} is not a run: it has no experiment.json")
+        recorded = json.loads(file.read_text())
+        return cls(path.absolute(), validate(recorded["experiment"]), recorded["fingerprint"])
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def home(self) -> Path:
+        """The home that the run lies in, wherever that has been copied or mounted."""
+        return self.path.parent.parent
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples"
+
+    @property
+    def features(self) -> Path:
+        return self.path / "features"
+
+    def store(self, verify: bool = False) -> Store:
+        return Store.open(self.home, self.fingerprint, verify)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl so far; a last line that is still being written is left out."""
+        return read_lines(self.path / "metrics.jsonl")
+
+    def scores(self) -> dict[str, dict[str, Any]]:
+        """Protocol to the content of its scores/<protocol>.json, see `stages.evaluate`."""
+        files = sorted((self.path / "scores").glob("*.json"))
+        return {file.stem: json.loads(file.read_text()) for file in files}
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run for writing; the kernel lets go when the process dies. Raises BusyError if it is held."""
+        with (self.path / ".lock").open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                file.seek(0)
+                raise BusyError(f"run {self.name} is being written by process {file.read().strip()}") from error
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            yield
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a JSON-lines file; [] if it does not exist."""
+    if not path.exists():
+        return []
+    complete, _, _ = path.read_bytes().rpartition(b"\n")
+    return [json.loads(line) for line in complete.split(b"\n") if line]
