@@ -1,121 +1,52 @@
-"""Experiment: the one typed, frozen description of a run; every knob, its meaning and its bounds.
+"""Experiment: the one typed, frozen description of a run, built from a preset and dotted overrides.
 
-It is built once, at the edge, from a preset and dotted overrides (`train.steps=2000`), with the same words on the
-command line, in `prefect.yaml` and in the Prefect form. A function takes the section that it uses.
+It is built once, at the edge, with the same words (`train.steps=2000`) on the command line, in `prefect.yaml` and in
+the Prefect form. A function takes the section that it uses; `settings.py` says what each key means.
 """
 
 import difflib
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from dcgan import storage
+from dcgan.settings import PROTOCOLS, Compute, Data, DataSet, Evaluate, Model, Protocol, Section, Train
+
+__all__ = [
+    "PRESETS",
+    "PROTOCOLS",
+    "Compute",
+    "Data",
+    "DataSet",
+    "Evaluate",
+    "Experiment",
+    "Knob",
+    "Model",
+    "Preset",
+    "Protocol",
+    "Train",
+    "build",
+    "default_home",
+    "digest",
+    "keys",
+    "meant",
+    "override",
+    "summary",
+    "text",
+    "validate",
+]
 
 Preset = Literal["digits", "mnist", "cifar10", "folder"]
-DataSet = Literal["digits", "mnist", "cifar10", "folder"]
-Protocol = Literal["svm", "svm_few_labels", "clustering", "knn"]
-PRESETS: tuple[str, ...] = get_args(Preset)
-PROTOCOLS: tuple[str, ...] = get_args(Protocol)
+PRESETS: tuple[Preset, ...] = get_args(Preset)
 
-
-class Section(BaseModel):
-    """A frozen group of settings that refuses a key it does not know."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Data(Section):
-    """Which images, from where, at which size."""
-
-    name: DataSet = Field(description="the data set")
-    size: Literal[28, 32, 64, 128] = Field(
-        description="pixels a side: the shorter side is centre-cropped, then resized with antialiasing"
-    )
-    source: str | None = Field(
-        None,
-        description="a directory with the published files, or an http(s) address that mirrors them, in place of the "
-        "data set's own home; for `folder`, the tree of images, a class a subdirectory",
-    )
-    test_fraction: float = Field(
-        0.1, gt=0, lt=1, description="`folder` and `digits`: the share of images held out for scoring, by content hash"
-    )
-    unreadable: Literal["refuse", "skip"] = Field(
-        "refuse", description="`folder`: an image that can't be decoded stops ingestion, or is skipped and listed"
-    )
-    home: Path | None = Field(
-        None, description="where everything is written; DCGAN_HOME if unset, else ./var", validate_default=False
-    )
-
-
-class Model(Section):
-    """Both networks. The defaults are the paper's 64-pixel pair (section 3)."""
-
-    kernel: Literal[3, 4, 5] = Field(
-        5,
-        description="5: the paper's stride-2 5x5; 4: the 4x4 of pytorch/examples; "
-        "3: the deep 3x3 ImageNet pair, strides 1 and 2 in turn",
-    )
-    width: int = Field(128, ge=1, le=2048, description="channels of the discriminator's first layer; doubles downwards")
-    z_dim: int = Field(100, ge=1, le=4096, description="length of z")
-    z: Literal["uniform", "normal"] = Field("uniform", description="z ~ U(-1, 1) as in the paper, or N(0, 1)")
-    conditional: bool = Field(False, description="join the one-hot label to every layer's input, as the MNIST code does")
-    hidden: int = Field(0, ge=0, le=8192, description="width of a fully connected layer in both nets; 0: none; MNIST 1024")
-    affine: bool = Field(True, description="BatchNorm has gamma and beta; the MNIST code has none")
-    spectral_norm: bool = Field(False, description="spectral normalisation in the discriminator (Miyato et al., 2018)")
-
-
-class Train(Section):
-    """The game. The defaults are the paper's (section 4)."""
-
-    steps: int = Field(ge=1, description="batches of real images to train on")
-    batch_size: int = Field(128, ge=2, description="images in a step over all workers; a worker takes an equal share")
-    learning_rate: float = Field(2e-4, gt=0, le=1, description="Adam's, both nets")
-    beta1: float = Field(0.5, ge=0, lt=1, description="Adam's first momentum")
-    weight_decay: float = Field(0.0, ge=0, le=1, description="L2 term added to the gradient; the original code: 1e-5")
-    update: Literal["both", "alternate"] = Field(
-        "both", description="each batch updates both nets, or the nets take turns as in the original code"
-    )
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="one-sided: real images have the target 1 - this")
-    ema: float = Field(0.0, ge=0, lt=1, description="decay a step of the generator's moving average; 0: none")
-    precision: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16: autocast; weights stay float32")
-    channels_last: bool = Field(False, description="channels-last memory layout")
-    fused: bool = Field(False, description="PyTorch's fused Adam")
-    seed: int = Field(0, ge=0, lt=2**32, description="of the weights, the order of images, and z")
-    log_every: int = Field(50, ge=1, description="steps between lines of metrics.jsonl")
-    sample_every: int = Field(500, ge=1, description="steps between sample grids")
-    checkpoint_every: int = Field(500, ge=1, description="steps between checkpoints, each scored for `best`")
-    keep: int = Field(2, ge=1, description="newest checkpoints kept, beside the best")
-
-
-class Compute(Section):
-    """Where training runs. None of it is part of a run's identity."""
-
-    workers: int = Field(1, ge=0, description="Ray Train workers; 0: in this process, without Ray")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA if Ray, or this process, has it")
-    max_failures: int = Field(3, ge=0, description="times Ray restarts the workers from the newest checkpoint")
-
-
-class Evaluate(Section):
-    """What is scored, and how. Every choice is made on a split of the training set."""
-
-    checkpoint: Literal["best", "latest"] = Field("best", description="best by the sliced Wasserstein distance, or newest")
-    protocols: tuple[Protocol, ...] = Field(PROTOCOLS, description="the protocols to run, see dcgan/evaluate/")
-    labels: int = Field(0, ge=0, description="training labels for `svm` and `knn`; 0: all")
-    labels_per_class: int = Field(100, ge=1, description="`svm_few_labels`: labels a class in each draw")
-    draws: int = Field(10, ge=2, description="`svm_few_labels`: random draws, for mean and standard deviation")
-    c_grid: tuple[Annotated[float, Field(gt=0)], ...] = Field(
-        (1e-5, 1e-4, 1e-3, 1e-2), min_length=1, description="SVM penalties tried on a held-out fifth of the labels"
-    )
-    restarts: int = Field(10, ge=1, description="`clustering`: k-means restarts, the lowest inertia is scored")
-    neighbours: tuple[Annotated[int, Field(ge=1)], ...] = Field(
-        (1, 5, 15), min_length=1, description="`knn`: neighbours tried on a held-out fifth of the labels"
-    )
-    seed: int = Field(0, ge=0, lt=2**32, description="of splits, draws and centroids")
+# Settings that only some data sets have: elsewhere they would change a run's name and nothing else.
+ONLY_FOR: dict[str, tuple[DataSet, ...]] = {"test_fraction": ("digits", "folder"), "unreadable": ("folder",)}
 
 
 class Experiment(Section):
@@ -135,16 +66,26 @@ class Experiment(Section):
                 f"train.batch_size={self.train.batch_size} is not divisible by compute.workers={workers}: "
                 "each worker takes an equal share"
             )
+        if self.train.batch_size < 2 * workers:
+            raise ValueError(
+                f"train.batch_size={self.train.batch_size} leaves each of compute.workers={workers} one image: "
+                "BatchNorm needs two"
+            )
         if self.model.kernel == 3 and self.data.size == 28:
             raise ValueError("model.kernel=3 makes 32, 64 or 128 pixels, not data.size=28")
         if self.data.name == "folder" and not self.data.source:
             raise ValueError("data.name=folder needs data.source=DIRECTORY, a tree of images")
+        for key, names in ONLY_FOR.items():
+            if self.data.name not in names and getattr(self.data, key) != Data.model_fields[key].default:
+                raise ValueError(
+                    f"data.{key} is for {' and '.join(names)}; {self.data.name} has its own split and files"
+                )
         return self
 
     @property
     def home(self) -> Path:
         """The directory under which everything is written."""
-        return (self.data.home or Path(os.environ.get("DCGAN_HOME", "var"))).absolute()
+        return self.data.home or default_home()
 
     def identity(self) -> dict[str, Any]:
         """What makes two runs the same run: data, model and training, not where they are computed or scored."""
@@ -157,56 +98,109 @@ class Experiment(Section):
     def flat(self) -> dict[str, str]:
         """Dotted key to value in JSON, as overrides take them and MLflow shows them."""
         sections = self.model_dump(mode="json")
-        return {f"{s}.{k}": _text(v) for s, section in sections.items() for k, v in section.items()}
+        return {f"{s}.{k}": text(v) for s, section in sections.items() for k, v in section.items()}
 
 
-def _text(value: Any) -> str:
+def default_home() -> Path:
+    """DCGAN_HOME, or ./var: where a run is looked for by its name."""
+    return Path(os.environ.get("DCGAN_HOME") or "var").absolute()
+
+
+def text(value: Any) -> str:
+    """A setting as an override takes it: JSON, and text as it is."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def keys() -> dict[str, tuple[str, Any]]:
-    """Every dotted key an override may set, with its description and default (Ellipsis where there is none)."""
+class Knob(NamedTuple):
+    """What help says of one key. `default` is Ellipsis where the preset has to give a value."""
+
+    description: str
+    default: Any
+    allowed: str
+
+
+def keys() -> dict[str, Knob]:
+    """Every dotted key an override may set."""
     found = {}
     for section, field in Experiment.model_fields.items():
-        assert isinstance(field.annotation, type) and issubclass(field.annotation, Section)
-        for name, knob in field.annotation.model_fields.items():
+        for name, knob in _section(field).model_fields.items():
             default = ... if knob.is_required() else knob.default
-            found[f"{section}.{name}"] = (knob.description or "", default)
+            found[f"{section}.{name}"] = Knob(knob.description or "", default, _allowed(knob))
     return found
+
+
+def _section(field: FieldInfo) -> type[Section]:
+    assert isinstance(field.annotation, type)
+    assert issubclass(field.annotation, Section)
+    return field.annotation
+
+
+_SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+
+
+def _allowed(knob: FieldInfo) -> str:
+    """The choices or the bounds of a key in a few characters; empty if its type says it all."""
+    if choices := _choices(knob.annotation):
+        return "|".join(map(str, choices))
+    bounds = [f"{sign} {getattr(m, name)}" for m in knob.metadata for name, sign in _SIGNS.items() if hasattr(m, name)]
+    return ", ".join(bounds)
+
+
+def _choices(annotation: Any) -> tuple[Any, ...]:
+    if annotation is bool:
+        return ("true", "false")
+    if getattr(annotation, "__origin__", None) is Literal:
+        return get_args(annotation)
+    return ()
+
+
+def summary(preset: Preset) -> str:
+    """The first line of a preset's header: what it trains."""
+    return _read_preset(preset).partition("\n")[0].removeprefix("# ")
+
+
+def _read_preset(preset: str) -> str:
+    return (Path(__file__).parent / "presets" / f"{preset}.yaml").read_text(encoding="utf-8")
 
 
 def build(preset: str, overrides: Sequence[str] = ()) -> Experiment:
     """The experiment of a preset with `section.key=value` overrides, later ones winning.
 
-    A value is read as YAML, so `0.5`, `true`, `null` and `[svm, knn]` mean what they look like.
+    A value is read as YAML, so `0.5`, `true`, `null` and `[svm, knn]` mean what they look like; a path is taken as is.
     Raises ValueError in one line for an unknown preset or key (with the nearest known ones) or a value out of bounds.
     """
     import yaml  # only here: training a stored data set needs torch, numpy and pydantic alone
 
     if preset not in PRESETS:
-        raise ValueError(f"unknown preset {preset!r}{_meant(preset, PRESETS)}; presets are {', '.join(PRESETS)}")
-    text = (Path(__file__).parent / "presets" / f"{preset}.yaml").read_text()
-    return override(yaml.safe_load(text), overrides)
+        known = f"; presets are {', '.join(PRESETS)}"
+        raise ValueError(f"unknown preset {preset!r}{meant(preset, PRESETS) or known}")
+    return override(yaml.safe_load(_read_preset(preset)), overrides)
 
 
 def override(sections: dict[str, Any], overrides: Sequence[str]) -> Experiment:
     """The experiment of `sections` (as `model_dump` gives them) after applying overrides; raises as `build` does."""
-    import yaml
-
-    known = keys()
     for word in overrides:
-        key, equals, value = word.partition("=")
+        key, equals, text = word.partition("=")
         if not equals:
             raise ValueError(f"override {word!r} is not of the form section.key=value")
-        if key not in known:
-            raise ValueError(f"unknown key {key!r}{_meant(key, known)}")
+        if key not in keys():
+            raise ValueError(_unknown(key))
         section, name = key.split(".")
-        try:
-            parsed = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ValueError(f"{key}={value!r} is not a value that YAML can read") from error
-        sections = {**sections, section: {**sections.get(section, {}), name: _number(parsed)}}
+        sections = {**sections, section: {**sections.get(section, {}), name: _value(key, text)}}
     return validate(sections)
+
+
+def _value(key: str, text: str) -> Any:
+    import yaml
+
+    section, name = key.split(".")
+    knob = _section(Experiment.model_fields[section]).model_fields[name]
+    if {str, Path} & set(get_args(knob.annotation)):
+        return None if text in ("", "null") else text  # a directory may be called 2015, or `a #1`
+    try:
+        return _number(yaml.safe_load(text))
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2015-99-99
+        raise ValueError(f"{key}={text!r} is not a value that YAML can read") from error
 
 
 def _number(value: Any) -> Any:
@@ -231,18 +225,26 @@ def validate(sections: Any) -> Experiment:
 
 def _describe(error: dict[str, Any]) -> str:
     key = ".".join(str(part) for part in error["loc"])
+    reason = str(error["msg"]).removeprefix("Value error, ")
     if not key:
-        return str(error["msg"]).removeprefix("Value error, ")
+        return reason
     if error["type"] == "extra_forbidden":
-        return f"unknown key {key!r}{_meant(key, keys())}"
+        return _unknown(key)
     if error["type"] == "missing":
         return f"{key} is required"
-    return f"{key}={error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+    if error["type"] == "tuple_type":
+        reason = "input should be a list, as in [1, 2]"
+    return f"{key}={error['input']!r}: {reason[0].lower()}{reason[1:]}"
 
 
-def _meant(word: str, known: Sequence[str] | dict[str, Any]) -> str:
-    near = difflib.get_close_matches(word, list(known), n=2, cutoff=0.5)
-    return f", did you mean {' or '.join(near)}?" if near else ""
+def _unknown(key: str) -> str:
+    return f"unknown key {key!r}{meant(key, keys()) or '; `dcgan run --help` lists the keys'}"
+
+
+def meant(word: str, known: Iterable[str]) -> str:
+    """`, did you mean ...?` with the nearest known word; empty if none is near."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f", did you mean {near[0]}?" if near else ""
 
 
 def digest(value: Any) -> str:

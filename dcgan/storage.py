@@ -69,10 +69,9 @@ def staging(parent: Path) -> Iterator[Path]:
 
 
 def _remove_abandoned(parent: Path) -> None:
-    prefix = f".staging-{socket.gethostname()}-"
-    for path in parent.glob(f"{prefix}*"):
-        pid = int(path.name.removeprefix(prefix).split("-")[0])
-        if not _alive(pid):
+    for path in parent.glob(".staging-*"):
+        host, pid, _ = path.name.removeprefix(".staging-").rsplit("-", 2)  # a host name may have hyphens itself
+        if host == socket.gethostname() and not _alive(int(pid)):
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -100,16 +99,28 @@ def seal(directory: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 def publish(staged: Path, destination: Path) -> None:
     """Rename a sealed directory into place. If the destination is already there, it stays and `staged` is dropped."""
+    _sync(staged)
     try:
         os.rename(staged, destination)
     except OSError:
         if not (destination / MANIFEST).is_file():
             raise
-    descriptor = os.open(destination.parent, os.O_RDONLY)
+    _sync(destination.parent)
+
+
+def _sync(directory: Path) -> None:
+    """Put the names in a directory on the disk: a file's own fsync does not."""
+    descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def discard(directory: Path) -> None:
+    """Remove a stored directory. It is renamed aside first, so no reader ever finds half of it."""
+    with staging(directory.parent) as aside:
+        os.rename(directory, aside / directory.name)
 
 
 def fingerprint(directory: Path) -> str:
@@ -125,15 +136,14 @@ def read_manifest(directory: Path, hashes: bool = True) -> dict[str, Any]:
     path = directory / MANIFEST
     try:
         manifest = json.loads(path.read_bytes())
-        files = manifest["files"].items()
+        files = [(directory / name, entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptError(f"{path} is missing or unreadable: {error}") from error
-    for name, expected in files:
-        file = directory / name
+    for file, size, digest in files:
         if not file.is_file():
             raise CorruptError(f"{file} is missing")
-        if file.stat().st_size != expected["bytes"]:
-            raise CorruptError(f"{file} has {file.stat().st_size} bytes; its manifest says {expected['bytes']}")
-        if hashes and sha256(file) != expected["sha256"]:
+        if file.stat().st_size != size:
+            raise CorruptError(f"{file} has {file.stat().st_size} bytes; its manifest says {size}")
+        if hashes and sha256(file) != digest:
             raise CorruptError(f"{file} is corrupt: its SHA-256 differs from the manifest's")
     return manifest

@@ -1,5 +1,6 @@
 """The image store: uint8 shards, labels and a manifest, named by the manifest's own hash."""
 
+import logging
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -9,6 +10,8 @@ from typing import Any
 import numpy as np
 
 from dcgan import storage
+
+log = logging.getLogger(__name__)
 
 SHARD_IMAGES = 65_536  # 192 MiB at 32 px RGB, 768 MiB at 64 px: few files, and one still fits in memory
 
@@ -42,12 +45,15 @@ def write(
     description: Description,
     splits: Iterable[tuple[str, Iterable[tuple[np.ndarray, int]]]],
     sources: Iterable[SourceFile],
+    skipped: Iterable[str] = (),
     shard_images: int = SHARD_IMAGES,
 ) -> str:
     """Write a store under `home/stores` and return its fingerprint; nothing appears there if anything fails.
 
+    A store of this fingerprint that is already there stays, unless it is damaged: then it is replaced.
+
     splits: (name, iterator of (uint8 image (C, H, W), label)) in the order to write; label -1 means none.
-    `sources` is read after the splits, so a generator may still be hashing while images are written.
+    skipped: names of input that was left out. `sources` and `skipped` are read after the splits.
     Raises ValueError if an image has another shape or dtype than described, a label is unknown, or a split is empty.
     """
     stores = home / "stores"
@@ -57,12 +63,25 @@ def write(
             **asdict(description),
             "counts": counts,
             "sources": [asdict(source) for source in sources],
+            "skipped": list(skipped),
             "duplicates_removed": 0,
         }
         storage.seal(staged, manifest)
         name = storage.fingerprint(staged)
+        _remove_damaged(home, name)
         storage.publish(staged, stores / name)
     return name
+
+
+def _remove_damaged(home: Path, fingerprint: str) -> None:
+    path = home / "stores" / fingerprint
+    if not path.exists():
+        return
+    try:
+        Store.open(home, fingerprint, verify=True)
+    except storage.CorruptError as error:
+        log.warning("replacing a damaged image store: %s", error)
+        storage.discard(path)
 
 
 def _write_split(
@@ -113,10 +132,10 @@ class Store:
         path = home / "stores" / fingerprint
         if not path.is_dir():
             raise FileNotFoundError(f"no image store {fingerprint} under {home / 'stores'}: run `dcgan ingest` first")
-        manifest = storage.read_manifest(path, hashes=verify)
-        if storage.fingerprint(path) != fingerprint:
-            raise storage.CorruptError(f"{path / storage.MANIFEST} is corrupt: its hash is not the store's name")
-        return cls(path, manifest)
+        manifest = path / storage.MANIFEST
+        if manifest.is_file() and storage.fingerprint(path) != fingerprint:
+            raise storage.CorruptError(f"{manifest} is corrupt: its hash is not the store's name")
+        return cls(path, storage.read_manifest(path, hashes=verify))
 
     @property
     def fingerprint(self) -> str:

@@ -1,0 +1,56 @@
+# make run     train and score a DCGAN on real handwritten digits: pictures and a table in a few minutes
+# make test    lint, types and every test
+# make check   lint and types
+# make ui      MLflow and Prefect in the browser, over all that has been run, until Ctrl-C
+# make up      Prefect, MLflow and a worker in the background, with everything of prefect.yaml deployed
+# make down    stop them
+#
+# Another preset, other settings:  make run PRESET=mnist SET="train.steps=500 train.batch_size=64"
+# Another Python (3.11 or later):  make run PYTHON=python3.12
+
+PRESET = digits
+SET =
+PYTHON = python3
+BIN = .venv/bin
+
+# All that runs keeps its files in here and reports to nobody.
+export DCGAN_HOME ?= $(CURDIR)/var
+export PREFECT_HOME = $(DCGAN_HOME)/prefect
+export PREFECT_SERVER_ANALYTICS_ENABLED = false
+export PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS = 180
+export DO_NOT_TRACK = 1
+export MLFLOW_DISABLE_TELEMETRY = true
+
+.PHONY: help run test check ui up down
+
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
+
+run: .venv/installed
+	@$(BIN)/python -m flows.train_eval $(PRESET) $(SET)
+
+test: check
+	$(BIN)/pytest
+
+check: .venv/installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+ui up: .venv/installed
+	@$(BIN)/python infra/local.py $@
+
+down:
+	@if [ -x $(BIN)/python ]; then $(BIN)/python infra/local.py down; fi
+
+# uv, because pip takes minutes to resolve what uv resolves in seconds. The constraints bind what builds, too.
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo 'error: Python 3.11 or later is needed: make PYTHON=/path/to/python3.11' >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' \
+	  || { echo 'error: $(PYTHON) comes without venv; on Debian: apt-get install python3-venv' >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
+	UV_HTTP_TIMEOUT=300 $(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt \
+	  --build-constraint constraints.txt --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,190 @@
+"""Checkpoints: written aside, hashed, renamed; the newest valid one is where a run goes on.
+
+    checkpoints/<step>/state.pt        nets, moving average, optimizers, experiment, image shape; tensors and plain data
+    checkpoints/<step>/manifest.json   step, fingerprint and the SHA-256 of state.pt; without it there is no checkpoint
+    checkpoints/best.json              the step with the lowest sliced Wasserstein distance so far, and that distance
+
+No generator state is stored: what is random at a step is a pure function of the seed and the step (data/batches.py).
+"""
+
+import json
+import logging
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dcgan import models, storage
+from dcgan.config import Experiment, validate
+from dcgan.data.store import Store
+from dcgan.run import Run
+from dcgan.step import Game
+
+log = logging.getLogger(__name__)
+STATE = "state.pt"
+
+
+class IncompatibleError(RuntimeError):
+    """A checkpoint of another architecture, training or data set; the message names every difference."""
+
+
+def snapshot(game: Game, step: int, run: Run, store: Store) -> dict[str, Any]:
+    """Everything needed to go on after `step`, copied to the CPU: training may change the nets while it is written."""
+    state: dict[str, Any] = {
+        "step": step,
+        "fingerprint": run.fingerprint,
+        "experiment": run.experiment.model_dump(mode="json"),
+        "images": {"channels": store.channels, "classes": list(store.classes)},
+        "generator": game.generator.state_dict(),
+        "discriminator": game.discriminator.state_dict(),
+        "average": game.average.state_dict() if game.average is not None else None,
+        "g_optimizer": game.g_optimizer.state_dict(),
+        "d_optimizer": game.d_optimizer.state_dict(),
+    }
+    return _to_cpu(state)
+
+
+def _to_cpu(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _to_cpu(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_to_cpu(item) for item in value]
+    return value
+
+
+class Writer:
+    """Writes snapshots in the background, one at a time, and keeps the newest few and the best.
+
+    A failure (a full disk) is raised by the next `save` or by `close`; what was published before stays whole.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save(self, state: dict[str, Any], swd: float) -> None:
+        """Queue a snapshot with its validation distance, after the one before it is on disk."""
+        self.wait()
+        self._pending = self._thread.submit(self._write, state, swd)
+
+    def wait(self) -> None:
+        """Return when the last snapshot is on disk; raises what writing it raised."""
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
+
+    def close(self) -> None:
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+
+    def _write(self, state: dict[str, Any], swd: float) -> None:
+        step, directory = state["step"], self.run.checkpoints
+        with storage.staging(directory) as staged:
+            torch.save(state, staged / STATE)
+            storage.seal(staged, {"step": step, "fingerprint": state["fingerprint"], "swd": swd})
+            storage.publish(staged, directory / str(step))
+        best = read_best(self.run)
+        if best is None or swd < best["value"]:
+            best = {"step": step, "metric": "swd", "value": swd}
+            storage.write_json(directory / "best.json", best)
+        for old in steps(self.run)[: -self.run.experiment.train.keep]:
+            if old != best["step"]:
+                shutil.rmtree(directory / str(old))
+
+
+def steps(run: Run) -> list[int]:
+    """The steps of all published checkpoints, ascending; not yet verified."""
+    return sorted(int(p.parent.name) for p in run.checkpoints.glob("*/manifest.json") if p.parent.name.isdigit())
+
+
+def read_best(run: Run) -> dict[str, Any] | None:
+    """The content of best.json: step, metric, value; None before the first checkpoint."""
+    file = run.checkpoints / "best.json"
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def latest(run: Run) -> Path | None:
+    """The newest valid checkpoint. A corrupt one is set aside as `corrupt-<step>` with a warning, the one before taken."""
+    for step in reversed(steps(run)):
+        directory = run.checkpoints / str(step)
+        try:
+            storage.read_manifest(directory)
+        except storage.CorruptError as error:
+            aside = run.checkpoints / f"corrupt-{step}"
+            log.warning("%s; set aside as %s, going on from the checkpoint before it", error, aside.name)
+            shutil.rmtree(aside, ignore_errors=True)
+            directory.rename(aside)
+            continue
+        return directory
+    return None
+
+
+def best(run: Run) -> Path | None:
+    """The checkpoint that best.json names, or None. Raises CorruptError if it is damaged."""
+    pointer = read_best(run)
+    if pointer is None:
+        return None
+    directory = run.checkpoints / str(pointer["step"])
+    storage.read_manifest(directory)
+    return directory
+
+
+def chosen(run: Run) -> Path:
+    """The checkpoint to score, by `evaluate.checkpoint`. Raises FileNotFoundError if the run has none."""
+    directory = best(run) if run.experiment.evaluate.checkpoint == "best" else latest(run)
+    if directory is None:
+        raise FileNotFoundError(f"run {run.name} has no checkpoint: train it first")
+    return directory
+
+
+def load(directory: Path) -> dict[str, Any]:
+    """A checkpoint's state on the CPU, as `snapshot` made it, after verifying it. Raises CorruptError."""
+    storage.read_manifest(directory)
+    return torch.load(directory / STATE, map_location="cpu", weights_only=True)
+
+
+def restore(game: Game, state: dict[str, Any], run: Run) -> int:
+    """Put a state into the game and return its step. Raises IncompatibleError if it belongs to another run."""
+    theirs, ours = _identity(validate(state["experiment"]), state), _identity(run.experiment, run)
+    differences = [f"{key}: {theirs.get(key)} there, {ours[key]} here" for key in ours if theirs.get(key) != ours[key]]
+    if differences:
+        raise IncompatibleError(f"checkpoint {state['step']} does not fit run {run.name}: {'; '.join(differences)}")
+    game.generator.load_state_dict(state["generator"])
+    game.discriminator.load_state_dict(state["discriminator"])
+    if game.average is not None:
+        game.average.load_state_dict(state["average"])
+    game.g_optimizer.load_state_dict(state["g_optimizer"])
+    game.d_optimizer.load_state_dict(state["d_optimizer"])
+    return state["step"]
+
+
+def _identity(experiment: Experiment, owner: Run | dict[str, Any]) -> dict[str, Any]:
+    sections = experiment.identity()
+    flat = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
+    fingerprint = owner.fingerprint if isinstance(owner, Run) else owner["fingerprint"]
+    return {**flat, "image store": fingerprint}
+
+
+def load_nets(directory: Path) -> tuple[models.Generator, models.Discriminator, dict[str, Any]]:
+    """Both nets of a checkpoint on the CPU in eval mode (the moving average, if kept, as generator), and its state."""
+    state = load(directory)
+    experiment = validate(state["experiment"])
+    images = state["images"]
+    generator, discriminator = models.build(
+        experiment.model, images["channels"], len(images["classes"]), experiment.data.size, experiment.train.seed
+    )
+    generator.load_state_dict(state["average"] or state["generator"])
+    discriminator.load_state_dict(state["discriminator"])
+    return generator.eval(), discriminator.eval(), state
+
+
+def load_generator(directory: Path) -> models.Generator:
+    """The generator of a checkpoint on the CPU in eval mode, ready to draw: see `models.Generator`."""
+    return load_nets(directory)[0]

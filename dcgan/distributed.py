@@ -1,0 +1,90 @@
+"""Rank, world, process group, and the one division of the batch. Every function is safe in a single process."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+# A rank that hangs is given up after this long. A healthy rank waits for rank 0 to score and copy a checkpoint:
+# seconds on a GPU, a minute at 128 px on one CPU core.
+TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands: its rank among `world` processes, and its device."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank writes files and logs."""
+        return self.rank == 0
+
+
+@contextmanager
+def join(device: str) -> Iterator[Place]:
+    """This process's place, in the process group that exists (Ray Train) or that the environment names (torchrun).
+
+    device: auto, cpu or cuda. Raises ValueError if CUDA is asked for and absent.
+    """
+    cuda = torch.cuda.is_available()
+    if device == "cuda" and not cuda:
+        raise ValueError("compute.device=cuda, but this process sees no CUDA device")
+    use_cuda = cuda and device != "cpu"
+    owned = not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if owned:
+        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=TIMEOUT)
+    grouped = dist.is_initialized()
+    rank, world = (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
+    where = torch.device("cpu")
+    if use_cuda:
+        # torchrun shows every rank all devices, Ray may show each only its own
+        where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        torch.cuda.set_device(where)
+    try:
+        yield Place(rank, world, where)
+    finally:
+        if owned:
+            dist.destroy_process_group()
+
+
+def share(batch_size: int, world: int) -> int:
+    """Images a rank takes from each global batch. Raises ValueError if they can't be shared equally."""
+    if batch_size % world:
+        raise ValueError(f"train.batch_size={batch_size} is not divisible by {world} workers")
+    return batch_size // world
+
+
+def wrap(net: nn.Module, place: Place) -> nn.Module:
+    """`net` in DistributedDataParallel, or itself in a single process.
+
+    Buffers are not broadcast: rank 0's BatchNorm statistics would overwrite the others' in the middle of a step
+    (pytorch/pytorch#175024). `average_buffers` reconciles them when something is saved or drawn.
+    """
+    if place.world == 1:
+        return net
+    return nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
+
+
+def mean(values: Tensor, place: Place) -> Tensor:
+    """The mean over ranks, on every rank."""
+    if place.world > 1:
+        dist.all_reduce(values)
+        values /= place.world
+    return values
+
+
+def average_buffers(net: nn.Module, place: Place) -> None:
+    """Replace every floating-point buffer (BatchNorm's running statistics) by its mean over ranks, on every rank."""
+    if place.world > 1:
+        for buffer in net.buffers():
+            if buffer.is_floating_point():
+                mean(buffer, place)

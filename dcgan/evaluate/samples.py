@@ -1,0 +1,149 @@
+"""What the protocols share: checked input, features standardised a block at a time, stratified choices of rows."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+BLOCK_ROWS = 256  # 7 MiB of 7,168 float32 features: still in the cache when a product reads the block again
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Chosen rows of a feature array, read as (features - mean) / scale.
+
+    That form exists for one block of rows at a time, so 50,000 x 28,672 features are held once and never copied.
+    features: float32 (N, F). rows: int64 (n,), indices into it. mean, scale: float32 (F,).
+    """
+
+    features: np.ndarray
+    rows: np.ndarray
+    mean: torch.Tensor
+    scale: torch.Tensor
+
+    @classmethod
+    def of(cls, features: np.ndarray) -> "Samples":
+        """All rows of (N, F), as they are."""
+        width = features.shape[1]
+        return cls(features, np.arange(len(features)), torch.zeros(width), torch.ones(width))
+
+    @classmethod
+    def standardised(cls, features: np.ndarray) -> "Samples":
+        """All rows of (N, F), each feature with mean 0 and variance 1 over them; a constant feature becomes 0."""
+        plain = cls.of(features)
+        total = torch.zeros(plain.width, dtype=torch.float64)
+        for _, block in plain.blocks():
+            total += block.sum(0, dtype=torch.float64)
+        mean = (total / len(plain)).float()
+        squares = torch.zeros(plain.width, dtype=torch.float64)
+        for _, block in replace(plain, mean=mean).blocks():
+            squares += block.double().square_().sum(0)
+        # Exactly 0 for a constant feature: its mean in float64 rounds to the constant in float32.
+        scale = torch.where(squares == 0, 1.0, (squares / len(plain)).sqrt()).float()
+        return replace(plain, mean=mean, scale=scale)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def width(self) -> int:
+        """F, the number of features."""
+        return self.features.shape[1]
+
+    def take(self, rows: np.ndarray) -> "Samples":
+        """The samples at these positions of this selection."""
+        return replace(self, rows=self.rows[rows])
+
+    def like(self, features: np.ndarray) -> "Samples":
+        """All rows of other features, with this selection's mean and scale."""
+        return replace(self, features=features, rows=np.arange(len(features)))
+
+    def blocks(self, size: int = BLOCK_ROWS) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Positions and the samples there, float32 (at most `size`, F)."""
+        for first in range(0, len(self), size):
+            where = slice(first, min(first + size, len(self)))
+            block = torch.from_numpy(self.features[self.rows[where]].astype(np.float32, copy=False))
+            yield where, block.sub_(self.mean).div_(self.scale)
+
+
+def check(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, test_y: np.ndarray) -> None:
+    """Raises ValueError, naming the split, for arrays that no protocol can score.
+
+    Refused: an empty split, features that are not (N, F) with one F, labels that are not (N,), a NaN or an infinity,
+    images without a label (-1), a single class in train.
+    """
+    for split, features, labels in (("train", train_x, train_y), ("test", test_x, test_y)):
+        if features.ndim != 2 or labels.shape != features.shape[:1] or not features.size:
+            raise ValueError(f"{split} features {features.shape} and labels {labels.shape} are not (N, F) and (N,), N, F > 0")
+        _check_finite(split, features)
+        if labels.min() < 0:
+            raise ValueError(f"{split} has {(labels < 0).sum()} images without a label: this protocol needs labels")
+    if train_x.shape[1] != test_x.shape[1]:
+        raise ValueError(f"train has {train_x.shape[1]} features an image and test {test_x.shape[1]}")
+    if (train_y == train_y[0]).all():
+        raise ValueError(f"train has one class only, {train_y[0]}: there is nothing to tell apart")
+
+
+def _check_finite(split: str, features: np.ndarray) -> None:
+    for first in range(0, len(features), BLOCK_ROWS):
+        bad = np.argwhere(~np.isfinite(features[first : first + BLOCK_ROWS]))
+        if len(bad):
+            row, column = bad[0]
+            value = features[first + row, column]
+            raise ValueError(f"{split} features hold {value}: image {first + row}, feature {column}")
+
+
+def check_classes(train_y: np.ndarray, test_y: np.ndarray) -> None:
+    """Raises ValueError if test has a class that can't be learned because train has no image of it."""
+    missing = np.setdiff1d(test_y, train_y)
+    if len(missing):
+        raise ValueError(f"train has no image of class {', '.join(map(str, missing))}, which test has")
+
+
+def labelled(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Sorted rows of a random subset of `count` labels (0: all) that keeps the classes' shares to within one image.
+
+    Raises ValueError if there are fewer than `count` labels, or too few are asked for to have each class among them.
+    """
+    if count == 0:
+        return np.arange(len(labels))
+    if count > len(labels):
+        raise ValueError(f"evaluate.labels={count}, but train has {len(labels)} labels")
+    classes, sizes = np.unique(labels, return_counts=True)
+    exact = sizes * (count / len(labels))
+    shares = np.floor(exact).astype(np.int64)
+    largest_remainders = np.argsort(shares - exact, kind="stable")[: count - shares.sum()]
+    shares[largest_remainders] += 1
+    if shares.min() == 0:
+        raise ValueError(f"evaluate.labels={count} leaves none of class {classes[shares.argmin()]}: ask for more")
+    return _choose(labels, dict(zip(classes, shares, strict=True)), np.random.default_rng(seed))
+
+
+def hold_out(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted rows to fit on and rows held out: a random fifth of each class, at least one image where it has two.
+
+    Raises ValueError if no class has two.
+    """
+    classes, sizes = np.unique(labels, return_counts=True)
+    if sizes.max() < 2:
+        raise ValueError(f"{len(labels)} labels, one a class: none can be held out to choose a setting")
+    shares = np.where(sizes > 1, np.maximum(sizes // 5, 1), 0)
+    held = _choose(labels, dict(zip(classes, shares, strict=True)), np.random.default_rng(seed))
+    return np.setdiff1d(np.arange(len(labels)), held), held
+
+
+def draw(labels: np.ndarray, per_class: int, seed: tuple[int, ...]) -> np.ndarray:
+    """Sorted rows of `per_class` random labels of each class. Raises ValueError if a class has fewer."""
+    classes, sizes = np.unique(labels, return_counts=True)
+    if sizes.min() < per_class:
+        raise ValueError(
+            f"evaluate.labels_per_class={per_class}, but class {classes[sizes.argmin()]} has {sizes.min()} labels "
+            "in train after a fifth is held out"
+        )
+    return _choose(labels, dict.fromkeys(classes, per_class), np.random.default_rng(seed))
+
+
+def _choose(labels: np.ndarray, counts: dict[int, int], rng: np.random.Generator) -> np.ndarray:
+    chosen = [rng.permutation(np.flatnonzero(labels == label))[:count] for label, count in counts.items()]
+    return np.sort(np.concatenate(chosen))

@@ -1,0 +1,145 @@
+"""The sections of an experiment: every knob, its default, meaning and bounds. `config.py` puts them together."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+DataSet = Literal["digits", "mnist", "cifar10", "folder"]
+Protocol = Literal["svm", "svm_few_labels", "clustering", "knn"]
+PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
+
+
+class Section(BaseModel):
+    """A frozen group of settings that refuses a key it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Python counts True as 1, so `model.hidden=true` would be a layer one unit wide."""
+        items = value if isinstance(value, list | tuple) else [value]
+        if bool in map(type, items) and cls.model_fields[info.field_name or ""].annotation is not bool:
+            raise ValueError("input should not be true or false")
+        return value
+
+
+class Data(Section):
+    """Which images, from where, at which size."""
+
+    name: DataSet = Field(description="the data set")
+    size: Literal[28, 32, 64, 128] = Field(
+        description="pixels a side: the shorter side is centre-cropped, then resized with antialiasing"
+    )
+    source: str | None = Field(
+        None,
+        description="a directory with the published files, or an http(s) address that mirrors them, in place of the "
+        "data set's own home; for `folder`, the tree of images, a class a subdirectory",
+    )
+    test_fraction: float = Field(
+        0.1, gt=0, lt=1, description="`folder` and `digits`: the share of images held out for scoring, by content hash"
+    )
+    unreadable: Literal["refuse", "skip"] = Field(
+        "refuse", description="`folder`: an image that can't be decoded stops ingestion, or is skipped and listed"
+    )
+    home: Path | None = Field(None, description="where everything is written; DCGAN_HOME if unset, else ./var")
+
+    @field_validator("source")
+    @classmethod
+    def _absolute_source(cls, source: str | None) -> str | None:
+        """A path means the same file in a worker that was started in another directory."""
+        if source is None or source.startswith(("http://", "https://")):
+            return source
+        if "://" in source:
+            raise ValueError("input should be a directory or an http(s) address")
+        return str(_absolute(source))
+
+    @field_validator("home")
+    @classmethod
+    def _absolute_home(cls, home: Path | None) -> Path | None:
+        return home and _absolute(str(home))
+
+
+class Model(Section):
+    """Both networks. The defaults are the paper's 64-pixel pair (section 3)."""
+
+    kernel: Literal[3, 4, 5] = Field(
+        5,
+        description="5: the paper's stride-2 5x5; 4: the 4x4 of pytorch/examples; "
+        "3: the deep 3x3 ImageNet pair, strides 1 and 2 in turn",
+    )
+    width: int = Field(128, ge=1, le=2048, description="channels of the discriminator's first layer; doubles downwards")
+    z_dim: int = Field(100, ge=1, le=4096, description="length of z")
+    z: Literal["uniform", "normal"] = Field("uniform", description="z ~ U(-1, 1) as in the paper, or N(0, 1)")
+    conditional: bool = Field(
+        False, description="join the one-hot label to every layer's input, as the MNIST code does"
+    )
+    hidden: int = Field(
+        0, ge=0, le=8192, description="width of a fully connected layer in both nets; 0: none; MNIST 1024"
+    )
+    affine: bool = Field(True, description="BatchNorm has gamma and beta; the MNIST code has none")
+    spectral_norm: bool = Field(False, description="spectral normalisation in the discriminator (Miyato et al., 2018)")
+
+
+class Train(Section):
+    """The game. The defaults are the paper's (section 4)."""
+
+    steps: int = Field(ge=1, description="batches of real images to train on")
+    batch_size: int = Field(128, ge=2, description="images in a step over all workers; a worker takes an equal share")
+    learning_rate: float = Field(2e-4, gt=0, le=1, description="Adam's, both nets")
+    beta1: float = Field(0.5, ge=0, lt=1, description="Adam's first momentum")
+    weight_decay: float = Field(0.0, ge=0, le=1, description="L2 term added to the gradient; the original code: 1e-5")
+    update: Literal["both", "alternate"] = Field(
+        "both", description="each batch updates both nets, or the nets take turns as in the original code"
+    )
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="one-sided: real images have the target 1 - this")
+    ema: float = Field(0.0, ge=0, lt=1, description="decay a step of the generator's moving average; 0: none")
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16: autocast; weights stay float32")
+    channels_last: bool = Field(False, description="channels-last memory layout")
+    fused: bool = Field(False, description="PyTorch's fused Adam")
+    seed: int = Field(0, ge=0, lt=2**32, description="of the weights, the order of images, and z")
+    log_every: int = Field(50, ge=1, description="steps between lines of metrics.jsonl")
+    sample_every: int = Field(500, ge=1, description="steps between sample grids")
+    checkpoint_every: int = Field(500, ge=1, description="steps between checkpoints, each scored for `best`")
+    keep: int = Field(2, ge=1, description="newest checkpoints kept, beside the best")
+
+
+class Compute(Section):
+    """Where training runs. None of it is part of a run's identity."""
+
+    workers: int = Field(1, ge=0, description="Ray Train workers; 0: in this process, without Ray")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA if Ray, or this process, has it")
+    max_failures: int = Field(3, ge=0, description="times Ray restarts the workers from the newest checkpoint")
+
+
+class Evaluate(Section):
+    """What is scored, and how. Every choice is made on a split of the training set."""
+
+    checkpoint: Literal["best", "latest"] = Field(
+        "best", description="best by the sliced Wasserstein distance, or newest"
+    )
+    protocols: tuple[Protocol, ...] = Field(PROTOCOLS, description="the protocols to run, see dcgan/evaluate/")
+    labels: int = Field(0, ge=0, description="training labels for `svm` and `knn`; 0: all")
+    labels_per_class: int = Field(100, ge=1, description="`svm_few_labels`: labels a class in each draw")
+    draws: int = Field(10, ge=2, description="`svm_few_labels`: random draws, for mean and standard deviation")
+    c_grid: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (1e-5, 1e-4, 1e-3, 1e-2), description="SVM penalties tried on a held-out fifth of the labels"
+    )
+    restarts: int = Field(10, ge=1, description="`clustering`: k-means restarts, the lowest inertia is scored")
+    neighbours: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (1, 5, 15), description="`knn`: neighbours tried on a held-out fifth of the labels"
+    )
+    seed: int = Field(0, ge=0, lt=2**32, description="of splits, draws and centroids")
+
+    @field_validator("protocols", "c_grid", "neighbours")
+    @classmethod
+    def _distinct(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        if not values or len(set(values)) < len(values):
+            raise ValueError("input should have at least one value, and each once")
+        return values
+
+
+def _absolute(path: str) -> Path:
+    return Path(os.path.expanduser(path)).absolute()

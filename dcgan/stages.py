@@ -1,0 +1,192 @@
+"""The five arrows of the design as functions: ingest, train, extract, evaluate, report; and sample.
+
+The command line, the Prefect tasks and a notebook call these. Each reads and writes only the run directory and the
+image store, does nothing where its result is already there, and can be run again after any interruption.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dcgan import storage
+from dcgan.config import Experiment, Protocol
+from dcgan.run import Run, read_lines
+
+Progress = Callable[[dict[str, Any]], None]
+REPRESENTATIONS = ("discriminator", "random_init", "raw_pixels")
+
+
+def ingest(experiment: Experiment) -> Run:
+    """Put the images into a store, unless the same are there, and open the run of this experiment on them.
+
+    Raises ValueError, before any image is read where possible, if the images or the settings don't fit each other.
+    """
+    from dcgan.data import ingest as data
+    from dcgan.data.store import Store
+
+    store = Store.open(experiment.home, data.ingest(experiment.data, experiment.home))
+    if store.count("train") < experiment.train.batch_size:
+        raise ValueError(
+            f"train.batch_size={experiment.train.batch_size} exceeds the {store.count('train')} training images"
+        )
+    if experiment.model.conditional and not store.classes:
+        raise ValueError("model.conditional=true needs images with labels; these have none")
+    return Run.create(experiment, store)
+
+
+def train(run: Run, progress: Progress | None = None) -> None:
+    """Train the run to its last step, from the newest checkpoint; `progress` gets each metrics line as it appears.
+
+    `compute.workers` Ray Train workers do it, or this process if that is 0. MLflow is told meanwhile.
+    Raises DivergedError, or what the worker raised.
+    """
+    from dcgan import checkpoint, tracking
+
+    newest = checkpoint.latest(run)
+    if newest is not None and int(newest.name) >= run.experiment.train.steps:
+        return
+    run.store(verify=True)
+    with tracking.follow(run), _progress(run, progress):
+        if run.experiment.compute.workers == 0:
+            train_here(str(run.path))
+        else:
+            from dcgan import cluster
+
+            cluster.launch(train_here, (str(run.path),), run.experiment.compute, run.home, run.name)
+    _raise_if_diverged(run)
+
+
+def train_here(path: str) -> None:
+    """Train the run at `path` in this process; what each Ray worker calls.
+
+    Divergence is left to `train` to raise from the run's record: a restarted worker would only diverge again.
+    """
+    from dcgan import train as loop
+
+    try:
+        loop.train(Run.open(Path(path)))
+    except loop.DivergedError:
+        return
+
+
+def _raise_if_diverged(run: Run) -> None:
+    from dcgan.train import DivergedError
+
+    for event in read_lines(run.path / "events.jsonl"):
+        if event["event"] == "non_finite":
+            raise DivergedError(f"run {run.name}: {event['message']}")
+
+
+@contextmanager
+def _progress(run: Run, report: Progress | None) -> Iterator[None]:
+    """Call `report` with each new line of metrics.jsonl, once a second, from a thread."""
+    if report is None:
+        yield
+        return
+    stop = threading.Event()
+
+    def watch() -> None:
+        seen = max((line["step"] for line in run.metrics()), default=0)
+        while True:
+            last = stop.wait(1.0)
+            for line in run.metrics():
+                if line["step"] > seen:
+                    seen = line["step"]
+                    report(line)
+            if last:
+                return
+
+    thread = threading.Thread(target=watch, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def extract(run: Run) -> None:
+    """Write the feature banks of the chosen checkpoint and of the random initialisation: see `dcgan.features`."""
+    from dcgan import features
+
+    features.extract(run)
+
+
+def protocols(run: Run) -> tuple[Protocol, ...]:
+    """The protocols that can be run: those of `evaluate.protocols`, or none where the images have no two classes."""
+    return run.experiment.evaluate.protocols if len(run.store().classes) > 1 else ()
+
+
+def evaluate(run: Run, protocol: Protocol) -> dict[str, dict[str, float]]:
+    """Score the features by one protocol, with the same features at random init and raw pixels as controls.
+
+    Returns {"discriminator": {metric: value}, "random_init": ..., "raw_pixels": ...} and writes it, with the settings,
+    to scores/<protocol>.json; scores of the same checkpoint and settings are not computed again.
+    """
+    from dcgan import checkpoint
+    from dcgan.evaluate import EVALUATORS
+
+    settings, store = run.experiment.evaluate, run.store()
+    step = int(checkpoint.chosen(run).name)
+    described = {
+        "protocol": protocol,
+        "checkpoint": step,
+        "chosen": settings.checkpoint,
+        "settings": settings.model_dump(mode="json", exclude={"protocols", "checkpoint"}),
+    }
+    known = run.scores().get(protocol, {})
+    if {key: known.get(key) for key in described} == described:
+        return known["scores"]
+    began = time.perf_counter()
+    train_y, test_y = store.labels("train"), store.labels("test")
+    scores = {}
+    for name in REPRESENTATIONS:
+        train_x, test_x = (_representation(run, name, step, split) for split in ("train", "test"))
+        scores[name] = EVALUATORS[protocol](train_x, train_y, test_x, test_y, settings)
+    content = {**described, "seconds": time.perf_counter() - began, "scores": scores}
+    storage.write_json(run.path / "scores" / f"{protocol}.json", content)
+    return scores
+
+
+def _representation(run: Run, name: str, step: int, split: str) -> np.ndarray:
+    """float32 (N, F): a feature bank, or the pixels in [0, 1]."""
+    from dcgan import features
+
+    if name == "raw_pixels":
+        images = run.store().images(split)
+        return images.reshape(len(images), -1).astype(np.float32) / 255
+    return features.read_bank(run, name, step if name == "discriminator" else 0, split)
+
+
+def report(run: Run) -> Path:
+    """Write report.html and deliver the run to MLflow. Raises if MLflow can't be reached; the page is there then."""
+    from dcgan import report as page
+    from dcgan import tracking
+
+    tracking.start(run)
+    file = page.write(run)
+    tracking.sync(run)
+    tracking.finish(run, "FINISHED")
+    return file
+
+
+def sample(source: Path, count: int, seed: int, out: Path) -> None:
+    """Draw `count` images (that many a class, if conditional) from a run or a checkpoint directory into a PNG grid.
+
+    Needs the checkpoint only: no data, no server. Raises FileNotFoundError or CorruptError if there is none.
+    """
+    from dcgan import checkpoint, pictures
+    from dcgan.config import validate
+    from dcgan.train import draw, fixed_noise
+
+    directory = checkpoint.chosen(Run.open(source)) if (source / "experiment.json").is_file() else source
+    generator, _, state = checkpoint.load_nets(directory)
+    z, labels = fixed_noise(validate(state["experiment"]).model, len(state["images"]["classes"]), count, seed)
+    images = pictures.to_uint8(draw(generator, z, labels).numpy())
+    columns = count if labels is not None else int(np.ceil(np.sqrt(count)))
+    pictures.write_png(out, pictures.grid(images, columns))

@@ -1,0 +1,147 @@
+"""One update of the discriminator, one of the generator (paper, section 4): tensors in, metrics out.
+
+Real and generated images go through the discriminator in batches of their own, so that each keeps its own BatchNorm
+statistics, as in the paper. Losses are the non-saturating ones of Goodfellow et al. (2014) on logits.
+"""
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+from copy import deepcopy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dcgan import distributed
+from dcgan.config import Train
+from dcgan.distributed import Place
+from dcgan.models import Discriminator, Generator
+
+BETA2 = 0.999  # Adam's default; the paper changes only the first momentum
+
+
+def real_loss(logits: Tensor, smoothing: float) -> Tensor:
+    """Mean cross-entropy of D's logits (n,) for real images against the target `1 - smoothing` (Salimans et al., 2016).
+
+    -(1-s) log D - s log(1-D), where -log sigmoid(l) = softplus(-l).
+    """
+    logits = logits.float()
+    return ((1 - smoothing) * F.softplus(-logits) + smoothing * F.softplus(logits)).mean()
+
+
+def fake_loss(logits: Tensor) -> Tensor:
+    """Mean cross-entropy of D's logits (n,) for generated images against 0: -log(1 - D)."""
+    return F.softplus(logits.float()).mean()
+
+
+def generator_loss(logits: Tensor) -> Tensor:
+    """Mean cross-entropy of D's logits (n,) for generated images against 1: -log D, the non-saturating loss."""
+    return F.softplus(-logits.float()).mean()
+
+
+class Game:
+    """Both nets with their optimizers and, if `ema`, the generator's moving average. One object per rank.
+
+    `generator` and `discriminator` are the plain nets, whose state is saved; the wrapped ones synchronise gradients.
+    """
+
+    def __init__(self, generator: Generator, discriminator: Discriminator, settings: Train, place: Place) -> None:
+        layout = torch.channels_last if settings.channels_last else torch.contiguous_format
+        self.settings, self.place = settings, place
+        self.generator = generator.to(place.device, memory_format=layout)
+        self.discriminator = discriminator.to(place.device, memory_format=layout)
+        self.average = deepcopy(self.generator).requires_grad_(False) if settings.ema else None
+        self.wrapped_generator = distributed.wrap(self.generator, place)
+        self.wrapped_discriminator = distributed.wrap(self.discriminator, place)
+        self.g_optimizer = _adam(self.generator, settings)
+        self.d_optimizer = _adam(self.discriminator, settings)
+
+    @property
+    def sampler(self) -> Generator:
+        """The generator that is shown and scored: the moving average if there is one."""
+        return self.average if self.average is not None else self.generator
+
+    def step(self, step: int, real: Tensor, labels: Tensor | None, z: Tensor) -> dict[str, Tensor]:
+        """Play one batch: real (n, C, H, W) in [-1, 1], labels (n,) or None, z (n, z_dim). Metrics stay on the device.
+
+        update=both: the discriminator, then the generator on the same z. update=alternate: the generator at even
+        steps and the discriminator at odd ones, the order of the original code.
+        """
+        if self.settings.update == "alternate":
+            if step % 2:
+                with torch.no_grad(), self._autocast():
+                    fake = self.generator(z, labels)
+                return self._update_discriminator(real, fake, labels)
+            return self._update_generator(self._generate(z, labels), labels)
+        fake = self._generate(z, labels)
+        metrics = self._update_discriminator(real, fake.detach(), labels)
+        return metrics | self._update_generator(fake, labels)
+
+    def _generate(self, z: Tensor, labels: Tensor | None) -> Tensor:
+        with self._autocast():
+            return self.wrapped_generator(z, labels)
+
+    def _update_discriminator(self, real: Tensor, fake: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
+        # Two backwards: half the memory of one, and DDP never sees two forwards before a backward.
+        net = self.wrapped_discriminator
+        self.d_optimizer.zero_grad()
+        with net.no_sync() if isinstance(net, nn.parallel.DistributedDataParallel) else nullcontext():
+            with self._autocast():
+                real_logits = net(real, labels)
+            loss_real = real_loss(real_logits, self.settings.label_smoothing)
+            loss_real.backward()
+        with self._autocast():
+            fake_logits = net(fake, labels)
+        loss_fake = fake_loss(fake_logits)
+        loss_fake.backward()
+        norm = _gradient_norm(self.discriminator.parameters())
+        self.d_optimizer.step()
+        return {
+            "d_loss": (loss_real + loss_fake).detach(),
+            "d_real": real_logits.detach().float().sigmoid().mean(),
+            "d_fake": fake_logits.detach().float().sigmoid().mean(),
+            "d_grad_norm": norm,
+        }
+
+    def _update_generator(self, fake: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
+        self.g_optimizer.zero_grad()
+        self.discriminator.requires_grad_(False)  # the gradient passes through D; D's own is not needed
+        with self._autocast():
+            logits = self.discriminator(fake, labels)
+        loss = generator_loss(logits)
+        loss.backward()
+        self.discriminator.requires_grad_(True)
+        norm = _gradient_norm(self.generator.parameters())
+        self.g_optimizer.step()
+        self._update_average()
+        return {"g_loss": loss.detach(), "g_grad_norm": norm}
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        """EMA of the generator's weights; BatchNorm's buffers are copied, they are averages already."""
+        if self.average is None:
+            return
+        averaged, current = list(self.average.parameters()), list(self.generator.parameters())
+        torch._foreach_lerp_(averaged, current, 1 - self.settings.ema)
+        for mine, theirs in zip(self.average.buffers(), self.generator.buffers(), strict=True):
+            mine.copy_(theirs)
+
+    def _autocast(self) -> torch.autocast:
+        enabled = self.settings.precision == "bfloat16"
+        return torch.autocast(self.place.device.type, torch.bfloat16, enabled=enabled)
+
+
+def _adam(net: nn.Module, settings: Train) -> torch.optim.Adam:
+    return torch.optim.Adam(
+        net.parameters(),
+        lr=settings.learning_rate,
+        betas=(settings.beta1, BETA2),
+        weight_decay=settings.weight_decay,  # Adam's, added to the gradient, as the original's regularizer does
+        fused=settings.fused,
+    )
+
+
+def _gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """The Euclidean norm of all gradients as one vector, a scalar on the device."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))

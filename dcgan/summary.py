@@ -1,0 +1,161 @@
+"""What a run came to, in words and one table: made from the run directory, shown by MLflow and by the report."""
+
+import importlib.metadata
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dcgan import config
+from dcgan.run import Run, read_lines
+
+CONTROLS = ("random_init", "raw_pixels")
+PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "prefect", "ray", "mlflow")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured value. `features` are the trained discriminator's; the controls are None where not measured.
+
+    gain: `features` less `random_init`; None for what is no score (a chosen hyperparameter, a standard deviation).
+    """
+
+    metric: str
+    features: float | None
+    random_init: float | None
+    raw_pixels: float | None
+    gain: float | None
+
+
+def table(run: Run) -> list[Row]:
+    """Every metric of every protocol that was run, in the order of `scores/`."""
+    return [row for content in run.scores().values() for row in _rows(content["scores"])]
+
+
+def _rows(scores: dict[str, dict[str, float]]) -> Iterator[Row]:
+    names = dict.fromkeys(name for values in scores.values() for name in values)
+    for name in names:
+        features, random_init, raw_pixels = (
+            scores.get(source, {}).get(name) for source in ("discriminator", *CONTROLS)
+        )
+        gain = None
+        if is_score(name) and features is not None and random_init is not None:
+            gain = features - random_init
+        yield Row(name, features, random_init, raw_pixels, gain)
+
+
+def is_score(name: str) -> bool:
+    """Whether more is better, by how evaluators name metrics: `svm/accuracy`, but not `svm/c` or `..._std`."""
+    return name.rpartition("/")[2].split("_")[0] in ("accuracy", "nmi", "ari") and not name.endswith("_std")
+
+
+def main_rows(run: Run) -> list[Row]:
+    """The accuracy of each protocol: what a reader looks at first."""
+    return [row for row in table(run) if row.metric.endswith("/accuracy")]
+
+
+def headline(run: Run) -> str:
+    """One sentence: what was trained for how long, and what its features are worth."""
+    lines = run.metrics()
+    size = run.experiment.data.size
+    images = lines[-1]["images"] if lines else 0
+    trained = f"A DCGAN on {size}-pixel {dataset(run)} images, trained on {images:,} of them"
+    best = max((row for row in main_rows(run) if row.features is not None), key=_worth, default=None)
+    if best is None:
+        return f"{trained}; its features have not been scored."
+    against = f", {best.random_init:.1%} without training" if best.random_init is not None else ""
+    return f"{trained}; its discriminator's features reach {best.features:.1%} {best.metric}{against}."
+
+
+def _worth(row: Row) -> float:
+    return row.features or 0.0
+
+
+def flat(scores: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Scores under one name each: `svm/accuracy`, `random_init/svm/accuracy`, and `svm/gain_over_random_init`."""
+    named = dict(scores.get("discriminator", {}))
+    for control in CONTROLS:
+        named |= {f"{control}/{name}": value for name, value in scores.get(control, {}).items()}
+    for row in _rows(scores):
+        if row.metric.endswith("/accuracy") and row.gain is not None:
+            named[row.metric.replace("/accuracy", "/gain_over_random_init")] = row.gain
+    return named
+
+
+def markdown(run: Run) -> str:
+    """The run in a screenful: what came out, what to beware of, every score beside its controls, how to repeat it."""
+    warnings = [f"- **{event['event']}** at step {event['step']:,}: {event['message']}" for event in events(run)]
+    rows = ["| | features | random init | raw pixels | gain |", "|---|---|---|---|---|"]
+    for row in table(run):
+        values = (row.features, row.random_init, row.raw_pixels, row.gain)
+        rows.append(f"| {row.metric} | " + " | ".join("" if v is None else f"{v:.4g}" for v in values) + " |")
+    parts = [headline(run), "\n".join(warnings), "\n".join(rows) if len(rows) > 2 else "", f"    {command(run)}"]
+    return "\n\n".join(part for part in parts if part)
+
+
+def dataset(run: Run) -> str:
+    """The data set's name as the image store gives it; the run's name begins with it (`Run.create`)."""
+    return run.name.rpartition("-")[0]
+
+
+def events(run: Run) -> list[dict[str, Any]]:
+    """The lines of events.jsonl: what went wrong or looked wrong in training, with step and message."""
+    return read_lines(run.path / "events.jsonl")
+
+
+def command(run: Run) -> str:
+    """The command that repeats the run: its preset and every setting that differs from it, but for the home."""
+    wanted = run.experiment.flat()
+    name, source = run.experiment.data.name, run.experiment.data.source
+    words = [f"data.source={source}"] if source else []
+    preset = config.build(name, words).flat()  # with the source, without which `folder` is no experiment
+    words += [f"{key}={value}" for key, value in wanted.items() if preset[key] != value and key != "data.home"]
+    return shlex.join(["dcgan", "run", name, *words])
+
+
+def environment() -> dict[str, Any]:
+    """Where and with what this process runs: Python, packages, CPU, GPUs, and the commit if in a git checkout."""
+    return {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "cpu": f"{os.cpu_count()} x {_cpu()}",
+        "gpu": _output(["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]).splitlines(),
+        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        **_git(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None  # training alone does not need all of them
+
+
+def _cpu() -> str:
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _git() -> dict[str, Any]:
+    git = ["git", "-C", str(Path(__file__).parent)]
+    if not _output([*git, "ls-files", Path(__file__).name]):
+        return {"git_commit": "", "git_changed": False}  # installed, perhaps inside another project's checkout
+    return {
+        "git_commit": _output([*git, "rev-parse", "HEAD"]),
+        "git_changed": bool(_output([*git, "status", "--porcelain", "--untracked-files=no"])),
+    }
+
+
+def _output(command: list[str]) -> str:
+    """What a command prints, or "" if it is not installed or fails."""
+    if shutil.which(command[0]) is None:
+        return ""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    return done.stdout.strip() if done.returncode == 0 else ""

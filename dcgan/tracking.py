@@ -1,0 +1,243 @@
+"""MLflow, from the run directory: what a run has recorded is delivered from there, now or later, each thing once.
+
+The training loop knows nothing of MLflow. `follow` is a thread beside it, `sync` delivers what is still missing, and
+the ledger, `mlflow.json` in the run, remembers what has arrived. A server that is slow or away costs training nothing.
+"""
+
+import fcntl
+import json
+import logging
+import os
+import secrets
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+from urllib.parse import urlsplit
+
+from dcgan import storage, summary
+from dcgan.run import Run
+
+if TYPE_CHECKING:
+    from dcgan.tracking_courier import Courier
+
+log = logging.getLogger(__name__)
+
+EVERY = 5.0  # seconds between deliveries: what a person watching a chart takes for live
+SOON = 0.5  # seconds between looks for the first line, so that a short run is seen at once
+PATIENCE = 5.0  # seconds that the end of training waits for the last delivery
+LOCK_SECONDS = 60.0  # another process may be uploading this run
+SETTINGS = {
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",  # seconds, not 120
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # a retried POST whose answer was lost arrives twice; we look first
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SKIP_PIP_REQUIREMENTS_CHECK": "true",  # asks a package index
+    "MLFLOW_MODEL_CATALOG_URI": "",
+}
+
+Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
+
+
+class TrackingError(RuntimeError):
+    """MLflow could not be reached, or refused; one line with the address and why. What was not delivered is kept."""
+
+
+@dataclass
+class Ledger:
+    """What has been delivered to the run's MLflow run, and what it is to look like. Times are in ms since 1970.
+
+    images: metrics are there up to this many images seen. sent: item to the version of it that is there.
+    pending: items whose sending began; after a crash or a lost answer, whether one arrived is asked of the server.
+    """
+
+    path: Path
+    run_id: str = ""
+    experiment_id: str = ""
+    token: str = ""
+    status: Status = "RUNNING"
+    started: int = 0
+    ended: int | None = None
+    tags: dict[str, str] = field(default_factory=dict)
+    images: int = -1
+    sent: dict[str, str] = field(default_factory=dict)
+    pending: list[str] = field(default_factory=list)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        known = json.loads(path.read_text()) if path.is_file() else {"started": milliseconds()}
+        return cls(path, **known)
+
+    def save(self) -> None:
+        values = asdict(self)
+        del values["path"]
+        storage.write_json(self.path, values)
+
+    def begin(self, item: str) -> None:
+        self.pending = [*(other for other in self.pending if other != item), item]
+        self.save()
+
+    def end(self, item: str, version: str) -> None:
+        self.drop(item)
+        self.sent[item] = version
+        self.save()
+
+    def drop(self, item: str) -> None:
+        self.pending = [other for other in self.pending if other != item]
+        self.sent.pop(item, None)
+        self.save()
+
+    def forget(self) -> None:
+        """Begin anew, for a new MLflow run; what the run is to look like stays."""
+        self.run_id, self.experiment_id, self.token = "", "", secrets.token_hex(8)
+        self.images, self.sent, self.pending = -1, {}, []
+
+
+@dataclass
+class Delivery:
+    """What one call delivered, and where to: metric values, sample grids, files (a checkpoint counts once), models."""
+
+    run_id: str
+    url: str | None
+    metrics: int = 0
+    images: int = 0
+    files: int = 0
+    models: int = 0
+
+
+def milliseconds() -> int:
+    return int(time.time() * 1000)
+
+
+def uri(home: Path) -> str:
+    """Where MLflow's record is kept: MLFLOW_TRACKING_URI if set, else a SQLite file in `home`."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home.absolute() / 'mlflow.db'}"
+
+
+def without_password(address: str) -> str:
+    """An address as it may be shown."""
+    parts = urlsplit(address)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if parts.password else address
+
+
+def url(run: Run) -> str | None:
+    """The page of the run's MLflow run; None if it has none yet or the record is a local file without a server."""
+    ledger = Ledger.load(run.path / "mlflow.json")
+    if not ledger.run_id or urlsplit(uri(run.home)).scheme not in ("http", "https"):
+        return None
+    return f"{without_password(uri(run.home)).rstrip('/')}/#/experiments/{ledger.experiment_id}/runs/{ledger.run_id}"
+
+
+def start(run: Run, tags: dict[str, str] | None = None) -> str | None:
+    """Create the run's MLflow run, or set the one it has to RUNNING, with parameters, data set and tags; its id.
+
+    Never raises for a server that is away: it warns and returns None, and the first delivery that gets through
+    creates the run as asked for here.
+    """
+    if not (run.path / "environment.json").is_file():
+        _record_environment(run)
+    return _attempt(run, status="RUNNING", ended=None, tags=tags or {})
+
+
+def finish(run: Run, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
+    """Deliver the metrics that are missing and set the status; warns, and leaves it to `sync`, if MLflow is away."""
+    _attempt(run, status=status, ended=milliseconds())
+
+
+def sync(run: Run) -> Delivery:
+    """Deliver all that the run directory holds and MLflow does not; calling it twice delivers nothing twice.
+
+    Raises TrackingError, within seconds, if MLflow can't be reached; what arrived before stays recorded.
+    """
+    with _courier(run) as courier:
+        courier.everything()
+        return courier.delivery
+
+
+@contextmanager
+def follow(run: Run) -> Iterator[None]:
+    """Deliver metrics and sample grids every few seconds while the body, training, runs, and at its end.
+
+    The run is RUNNING; where and with what it trains is recorded in environment.json. Never raises: a server that is
+    away gets one warning, and the record on disk is delivered when it is back, or by `sync`.
+    """
+    _record_environment(run)
+    stop = threading.Event()
+    thread = threading.Thread(target=_follow, args=(run, stop), daemon=True, name=f"mlflow {run.name}")
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(PATIENCE)
+        if thread.is_alive():
+            log.warning("MLflow is slow; `dcgan sync %s` delivers the rest", run.path)
+
+
+def _record_environment(run: Run) -> None:
+    storage.write_json(run.path / "environment.json", summary.environment())
+
+
+def _follow(run: Run, stop: threading.Event) -> None:
+    away, pause = False, SOON
+    while True:
+        last = stop.is_set()
+        try:
+            with _courier(run, status="RUNNING", ended=None) as courier:
+                courier.progress()
+                pause = EVERY if courier.delivery.metrics else pause
+            if away:
+                log.info("MLflow at %s is back; the record is delivered", without_password(uri(run.home)))
+            away = False
+        except TrackingError as error:
+            if not away:
+                log.warning("%s; training goes on and the record is kept in %s", error, run.path)
+            away, pause = True, EVERY
+        if last:
+            return
+        stop.wait(pause)
+
+
+def _attempt(run: Run, **wanted: Any) -> str | None:
+    try:
+        with _courier(run, **wanted) as courier:
+            courier.progress()
+            return courier.delivery.run_id
+    except TrackingError as error:
+        log.warning("%s; nothing is lost: `dcgan sync %s` delivers it", error, run.path)
+        return None
+
+
+@contextmanager
+def _courier(run: Run, **wanted: Any) -> "Iterator[Courier]":
+    """The run's courier, connected, alone at work on this run; `wanted` is recorded before MLflow is asked."""
+    with lock(run.path / ".mlflow.lock"):
+        ledger = Ledger.load(run.path / "mlflow.json")
+        for name, value in wanted.items():
+            setattr(ledger, name, {**ledger.tags, **value} if name == "tags" else value)
+        ledger.save()
+        for name, value in SETTINGS.items():
+            os.environ.setdefault(name, value)
+        from dcgan.tracking_courier import Courier  # brings MLflow, two seconds
+        from dcgan.tracking_run import failures
+
+        with failures(without_password(uri(run.home))):
+            yield Courier(run, ledger)
+
+
+@contextmanager
+def lock(path: Path) -> Iterator[None]:
+    """Hold a lock file; the kernel lets go when the process dies. Raises TrackingError after LOCK_SECONDS."""
+    deadline = time.monotonic() + LOCK_SECONDS
+    with path.open("a") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    raise TrackingError(f"{path.parent} is being delivered to MLflow by another process") from error
+                time.sleep(0.05)
+        yield

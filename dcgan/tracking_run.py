@@ -1,0 +1,142 @@
+"""The MLflow run that belongs to a run: reached within seconds or not at all, found again, or created once."""
+
+import logging
+import re
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from urllib.parse import urlsplit
+
+import requests
+from mlflow import MlflowClient
+from mlflow.entities import Param, RunTag, ViewType
+from mlflow.entities import Run as MlflowRun
+from mlflow.exceptions import MlflowException, RestException
+
+from dcgan import summary, tracking
+from dcgan.run import Run
+from dcgan.tracking import Ledger, TrackingError
+
+log = logging.getLogger(__name__)
+
+CONNECT_SECONDS = 3.0  # for any answer at all; a request then has MLFLOW_HTTP_REQUEST_TIMEOUT
+
+
+@contextmanager
+def failures(address: str) -> Iterator[None]:
+    """Whatever keeps MLflow from taking a delivery, as a TrackingError of one line."""
+    try:
+        yield
+    except RestException as error:
+        raise TrackingError(f"MLflow at {address} refused: {_line(error)}") from error
+    except MlflowException as error:
+        raise TrackingError(f"MLflow at {address} failed: {_line(error)}") from error
+    except requests.RequestException as error:
+        raise TrackingError(f"MLflow at {address} can't be reached: {_line(error)}") from error
+    except OSError as error:
+        raise TrackingError(f"can't deliver to MLflow at {address}: {_line(error)}") from error
+
+
+def _line(error: Exception) -> str:
+    """The first line, or just the system's own words, which requests wraps four deep."""
+    text = (str(error).splitlines() or [type(error).__name__])[0]
+    own = re.search(r"\[Errno -?\d+\] [\w ]+|Read timed out", text)
+    return own[0] if own else text
+
+
+def connect(run: Run) -> MlflowClient:
+    """A client for the server, or the SQLite file, that keeps the record; raises soon if nothing answers there."""
+    for name in ("alembic", "mlflow"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # forty lines when a SQLite file is created
+    uri = tracking.uri(run.home)
+    _knock(uri)
+    with tracking.lock(run.home / ".mlflow.lock"):  # two processes creating the same SQLite file break it
+        client = MlflowClient(tracking_uri=uri)
+        client.search_experiments(max_results=1)
+    return client
+
+
+def _knock(uri: str) -> None:
+    """Raise within CONNECT_SECONDS if nothing answers; MLflow itself asks again and again for minutes."""
+    parts = urlsplit(uri)
+    if parts.scheme in ("http", "https"):
+        requests.get(f"{uri.rstrip('/')}/health", timeout=CONNECT_SECONDS)
+    elif parts.hostname and parts.port:
+        socket.create_connection((parts.hostname, parts.port), CONNECT_SECONDS).close()
+
+
+def open_run(client: MlflowClient, run: Run, ledger: Ledger) -> MlflowRun:
+    """The MLflow run that the ledger names, or a new one, with the experiment as parameters."""
+    known = _find(client, run, ledger) if ledger.run_id else None
+    if known is None:
+        _create(client, run, ledger)
+        known = client.get_run(ledger.run_id)
+    _log_params(client, run, known)
+    return known
+
+
+def _find(client: MlflowClient, run: Run, ledger: Ledger) -> MlflowRun | None:
+    known = None
+    try:
+        known = client.get_run(ledger.run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+    if known is None or known.info.lifecycle_stage == "deleted":
+        log.warning("MLflow run %s of %s was deleted; a new one takes its place", ledger.run_id, run.name)
+        return None
+    return known
+
+
+def _create(client: MlflowClient, run: Run, ledger: Ledger) -> None:
+    experiment_id = _experiment(client, run)
+    found = []
+    if "run" in ledger.pending:  # asked for before, and no answer
+        mine = f"tags.`dcgan.token` = '{ledger.token}'"
+        found = client.search_runs([experiment_id], mine, ViewType.ACTIVE_ONLY, 1)
+    else:
+        ledger.forget()
+        ledger.begin("run")
+    tags = {"dcgan.token": ledger.token, "mlflow.source.name": "dcgan", "mlflow.source.type": "LOCAL"}
+    created = found[0] if found else client.create_run(experiment_id, ledger.started, tags, run.name)
+    ledger.run_id, ledger.experiment_id = created.info.run_id, experiment_id
+    ledger.end("run", ledger.run_id)
+
+
+def _experiment(client: MlflowClient, run: Run) -> str:
+    """One experiment a data set, so that its runs can be compared."""
+    name = summary.dataset(run)
+    known = client.get_experiment_by_name(name)
+    if known is None:
+        remote = urlsplit(tracking.uri(run.home)).scheme in ("http", "https")
+        location = None if remote else (run.home / "mlartifacts" / name).absolute().as_uri()
+        try:
+            return client.create_experiment(name, location)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            known = client.get_experiment_by_name(name)  # another run was quicker
+    if known.lifecycle_stage == "deleted":
+        client.restore_experiment(known.experiment_id)  # its name is taken for ever
+    return known.experiment_id
+
+
+def _log_params(client: MlflowClient, run: Run, known: MlflowRun) -> None:
+    """MLflow never changes a parameter: a setting of `compute` or `evaluate` that differs now becomes `now.<key>`."""
+    params, tags = known.data.params, known.data.tags
+    wanted = run.experiment.flat()
+    missing = [Param(key, value) for key, value in wanted.items() if key not in params]
+    shown = {key: tags.get(f"now.{key}", params.get(key, value)) for key, value in wanted.items()}
+    changed = [RunTag(f"now.{key}", value) for key, value in wanted.items() if shown[key] != value]
+    if missing or changed:
+        client.log_batch(known.info.run_id, params=missing, tags=changed, synchronous=True)
+
+
+def set_status(client: MlflowClient, ledger: Ledger, known: MlflowRun) -> None:
+    """RUNNING, or how the run ended and when."""
+    if ledger.status == known.info.status:
+        return
+    if ledger.status == "RUNNING":
+        client.update_run(ledger.run_id, "RUNNING")
+    else:
+        client.set_terminated(ledger.run_id, ledger.status, ledger.ended)

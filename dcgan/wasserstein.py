@@ -1,0 +1,64 @@
+"""Sliced Wasserstein distance between two sets of images: how `best` is chosen, without labels or outside weights.
+
+After Karras et al. (2018), section 5: 7x7 patches at each level of a Laplacian pyramid, normalised per channel, compared
+by the mean one-dimensional distance over random directions. It sees collapse and missing structure at every scale.
+Differences: fewer patches and directions (below), average pooling instead of a Gaussian filter, and values not
+multiplied by 1,000. It only ranks checkpoints of one run; it is not comparable with published figures.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IMAGES = 1024  # compared per checkpoint; under a second at 32 px on two cores
+PATCH = 7  # pixels a side (Karras et al.)
+PATCHES = 16  # a level and image (Karras et al.: 128 of 16,384 images)
+DIRECTIONS = 256  # (Karras et al.: 512)
+SMALLEST = 14  # the coarsest level still holds patches in different places
+
+
+def distance(real: Tensor, fake: Tensor, seed: int = 0) -> float:
+    """The distance between two sets of images, float (N, C, H, W) in [-1, 1], N equal; >= 0, lower is better.
+
+    The mean over pyramid levels, patches and directions drawn from `seed`. Raises ValueError if the shapes differ.
+    """
+    if real.shape != fake.shape:
+        raise ValueError(f"image sets of different shapes: {tuple(real.shape)} and {tuple(fake.shape)}")
+    generator = torch.Generator().manual_seed(seed)
+    levels = [
+        _compare(real_level, fake_level, generator)
+        for real_level, fake_level in zip(_pyramid(real), _pyramid(fake), strict=True)
+    ]
+    return float(torch.stack(levels).mean())
+
+
+def _pyramid(images: Tensor) -> list[Tensor]:
+    """Band-passed images from fine to coarse; the last level is the coarse image itself."""
+    levels = []
+    while images.shape[-1] >= 2 * SMALLEST:
+        coarse = F.avg_pool2d(images, 2)
+        levels.append(images - F.interpolate(coarse, scale_factor=2, mode="bilinear", align_corners=False))
+        images = coarse
+    return [*levels, images]
+
+
+def _compare(real: Tensor, fake: Tensor, generator: torch.Generator) -> Tensor:
+    side = real.shape[-1] - PATCH + 1
+    corners = torch.randint(side, (PATCHES, 2), generator=generator).tolist()
+    a, b = (_normalise(_patches(images, corners)) for images in (real, fake))
+    directions = torch.randn(a.shape[1], DIRECTIONS, generator=generator)
+    directions = (directions / directions.norm(dim=0)).to(a)
+    return ((a @ directions).sort(dim=0).values - (b @ directions).sort(dim=0).values).abs().mean()
+
+
+def _patches(images: Tensor, corners: list[list[int]]) -> Tensor:
+    """(N, C, H, W) to (N * corners, C, PATCH * PATCH)."""
+    cut = [images[:, :, y : y + PATCH, x : x + PATCH].flatten(2) for y, x in corners]
+    return torch.cat(cut)
+
+
+def _normalise(patches: Tensor) -> Tensor:
+    """Zero mean and unit deviation per channel over all patches, then flat: (M, C * PATCH * PATCH)."""
+    mean = patches.mean(dim=(0, 2), keepdim=True)
+    std = patches.std(dim=(0, 2), keepdim=True).clamp_min(1e-8)
+    return ((patches - mean) / std).flatten(1)

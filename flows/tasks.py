@@ -1,0 +1,94 @@
+"""One task a stage, and here alone its retries, time limit and cache policy are decided.
+
+No task is cached by Prefect. Each stage looks for its own result, under a name that is a function of all that went
+into it, and returns at once if it is there and valid; a cached answer of Prefect's would not notice a deleted file.
+Running any task twice is therefore harmless, and a flow run that failed is resumed by starting another.
+
+Tasks hand one another the run's directory, not objects: Prefect stores nothing, and any task can be rerun by hand.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from prefect import get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State, TaskRun
+
+from dcgan import config, stages, tables
+from dcgan.config import Protocol
+from dcgan.data.sources.published import DownloadError
+from dcgan.run import Run
+from dcgan.tracking import TrackingError
+
+HOUR = 3600.0
+
+
+def _is_download(task: Any, task_run: TaskRun, state: State) -> bool:
+    """Whether the network failed. Wrong settings, missing and corrupt files would only fail again."""
+    return isinstance(state.result(raise_on_failure=False), DownloadError)
+
+
+def _is_tracking(task: Any, task_run: TaskRun, state: State) -> bool:
+    return isinstance(state.result(raise_on_failure=False), TrackingError)
+
+
+@task(
+    cache_policy=NO_CACHE,
+    retries=3,
+    retry_delay_seconds=[10, 60, 120],
+    retry_condition_fn=_is_download,
+    timeout_seconds=6 * HOUR,
+)
+def ingest(preset: str, overrides: Sequence[str]) -> str:
+    """Put the images into a store; the directory of the run.
+
+    Retried, more and more slowly, when a download fails, and only then. Six hours are enough to decode ten million
+    images on one core. A data set that was ingested before costs a look at its index.
+    """
+    return str(stages.ingest(config.build(preset, overrides)).path)
+
+
+@task(cache_policy=NO_CACHE, retries=0, timeout_seconds=None)
+def train(run: str) -> None:
+    """Train to the last step, from the newest checkpoint.
+
+    Not retried here: Ray restarts workers that die, `compute.max_failures` times, and what then still fails does so
+    for a reason. No time limit: the number of steps is one, and Ray notices workers that hang.
+    """
+    opened, logger = Run.open(Path(run)), get_run_logger()
+    stages.train(opened, tables.Progress(opened.experiment.train.steps, logger.info))
+
+
+@task(cache_policy=NO_CACHE, retries=1, retry_delay_seconds=10, timeout_seconds=6 * HOUR)
+def extract(run: str) -> None:
+    """Write the feature banks.
+
+    Retried once, because what can fail is the machine (memory, disk); each bank is whole or absent, so what is done
+    is not done again. The time limit is far above what an hour of training on the same images would have cost.
+    """
+    stages.extract(Run.open(Path(run)))
+
+
+@task(cache_policy=NO_CACHE, retries=1, retry_delay_seconds=10, timeout_seconds=6 * HOUR, task_run_name="{protocol}")
+def evaluate(run: str, protocol: Protocol) -> dict[str, dict[str, float]]:
+    """Score the features by one protocol: {representation: {metric: value}}.
+
+    Retried once, as `extract`: protocols run side by side, and one that ran out of memory may have room later.
+    """
+    return stages.evaluate(Run.open(Path(run)), protocol)
+
+
+@task(
+    cache_policy=NO_CACHE,
+    retries=2,
+    retry_delay_seconds=[10, 60],
+    retry_condition_fn=_is_tracking,
+    timeout_seconds=HOUR,
+)
+def report(run: str) -> str:
+    """Write report.html and deliver the run to MLflow; the page's path.
+
+    Retried when MLflow can't be reached. The page is written first and delivery goes on where it stopped.
+    """
+    return str(stages.report(Run.open(Path(run))))

@@ -1,0 +1,116 @@
+"""The flow `train-eval`: ingest, train, extract, evaluate, report; what follows what, and nothing else.
+
+python -m flows.train_eval digits train.steps=300     on the server at PREFECT_API_URL, or on a temporary one
+"""
+
+import base64
+import functools
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import prefect.runtime.flow_run
+from prefect import flow
+from prefect.artifacts import create_markdown_artifact
+from prefect.client.schemas.objects import FlowRun, State
+from prefect.futures import wait
+
+from dcgan import config, stages, summary, tables, tracking
+from dcgan.config import Preset
+from dcgan.run import Run
+from flows import tasks
+
+FLOW_RUN = "prefect_flow_run"  # the tag of the MLflow run that names the flow run
+
+say = functools.partial(print, flush=True)
+
+
+def _name() -> str:
+    """The flow run's name: the words that would start it on the command line."""
+    given = prefect.runtime.flow_run.parameters
+    return " ".join([given["preset"], *given["overrides"]])
+
+
+def _end(status: Literal["FAILED", "KILLED"]) -> Any:
+    """A hook that sets the status of the flow run's MLflow run. If the process died, the Prefect worker calls it."""
+
+    def end(flow: Any, flow_run: FlowRun, state: State) -> None:
+        home = config.build(flow_run.parameters["preset"], flow_run.parameters["overrides"]).home
+        for ledger in home.glob("runs/*/mlflow.json"):
+            if json.loads(ledger.read_text())["tags"].get(FLOW_RUN) == str(flow_run.id):
+                tracking.finish(Run.open(ledger.parent), status)
+
+    return end
+
+
+@flow(
+    name="train-eval",
+    flow_run_name=_name,
+    on_failure=[_end("FAILED")],
+    on_cancellation=[_end("KILLED")],
+    on_crashed=[_end("KILLED")],
+)
+def train_eval(preset: Preset, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Train a DCGAN on a data set and measure what its discriminator's features are worth.
+
+    Args:
+        preset: The data set, with settings that suit it.
+        overrides: Settings to change, each section.key=value, such as train.steps=2000; `dcgan run --help` lists them.
+
+    Returns:
+        run and report (paths), scores ({protocol: {representation: {metric: value}}}) and mlflow (address or None).
+    """
+    config.build(preset, overrides)  # refused before anything starts
+    path = tasks.ingest(preset, overrides)
+    run = Run.open(Path(path))
+    tracking.start(run, tags={FLOW_RUN: str(prefect.runtime.flow_run.id)})
+    tasks.train(path)
+    tasks.extract(path)
+    scoring = {protocol: tasks.evaluate.submit(path, protocol) for protocol in stages.protocols(run)}
+    wait(list(scoring.values()))
+    scores = {protocol: future.result() for protocol, future in scoring.items()}
+    report = tasks.report(path)
+    publish(run, preset)
+    return {"run": path, "report": report, "scores": scores, "mlflow": tracking.url(run)}
+
+
+def publish(run: Run, preset: str) -> None:
+    """Show the run as a Markdown artifact: scores beside their controls, the newest sample grid, where the rest is."""
+    pictures = sorted(run.samples.glob("*.png"), key=lambda file: int(file.stem))
+    grid = base64.b64encode(pictures[-1].read_bytes()).decode()
+    address = tracking.url(run)
+    where = f"[the run in MLflow]({address})" if address else f"run {run.name} in MLflow (`make ui`)"
+    text = "\n\n".join(
+        [
+            f"# {run.name}",
+            summary.markdown(run),
+            f"![samples at step {pictures[-1].stem}](data:image/png;base64,{grid})",
+            f"Samples at step {int(pictures[-1].stem):,}. More in {where} and in the report, `{run.path}/report.html`.",
+        ]
+    )
+    create_markdown_artifact(text, key=f"train-eval-{preset}", description=summary.headline(run))
+
+
+def main(words: list[str]) -> int:
+    """Run the flow for a preset and overrides; the exit code."""
+    try:
+        preset, *overrides = words
+        config.build(preset, overrides)
+    except ValueError as error:
+        say(f"error: {error}" if words else "usage: python -m flows.train_eval PRESET [section.key=value ...]")
+        return 2
+    state = train_eval(preset, overrides, return_state=True)
+    if not state.is_completed():
+        say(f"error: {state.message}")
+        return 1
+    result = state.result()
+    run = Run.open(Path(result["run"]))
+    say("", tables.text_table(run), "", f"Report   {result['report']}", f"Samples  {run.samples}", sep="\n")
+    say(f"MLflow   {result['mlflow'] or tracking.uri(run.home)}", "", "To look at all of it: make ui", sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

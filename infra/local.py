@@ -1,0 +1,243 @@
+"""Prefect, MLflow and a Prefect worker as plain processes of this machine, on loopback, all their files in one home.
+
+    python infra/local.py ui     both servers, until Ctrl-C
+    python infra/local.py up     both servers and a worker, in the background, and everything of prefect.yaml deployed
+    python infra/local.py down   stop what is running
+
+DCGAN_HOME (./var), PREFECT_PORT (4200) and MLFLOW_PORT (5000) may be set. README.md beside this file says more.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+from urllib.parse import urlsplit
+
+ROOT = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
+HOME = Path(os.environ.get("DCGAN_HOME") or ROOT / "var").absolute()
+SERVICES = HOME / "services"
+POOL = "local"  # as in prefect.yaml
+PREFECT = f"http://127.0.0.1:{os.environ.get('PREFECT_PORT') or 4200}"
+MLFLOW = f"http://127.0.0.1:{os.environ.get('MLFLOW_PORT') or 5000}"
+START_SECONDS = 240  # MLflow creates its database in 10 s on a quiet machine, in a minute on a loaded one
+STOP_SECONDS = 40  # a worker's flow run has 30 to stop in
+ENVIRONMENT = {
+    "DCGAN_HOME": str(HOME),
+    "PREFECT_HOME": str(HOME / "prefect"),
+    "PREFECT_API_URL": f"{PREFECT}/api",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "DO_NOT_TRACK": "1",
+    "MLFLOW_TRACKING_URI": MLFLOW,
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # for evaluations of language models
+}
+
+say = functools.partial(print, flush=True)
+
+
+def fail(message: str) -> NoReturn:
+    sys.exit(f"error: {message}")
+
+
+@dataclass(frozen=True)
+class Service:
+    """A process in a session of its own, with a file for its pid and one for its output."""
+
+    name: str
+    command: tuple[str, ...]
+    address: str = ""  # where it answers 200 when it is ready
+    words: str = ""  # or what it says in its log
+
+    @property
+    def log(self) -> Path:
+        return SERVICES / f"{self.name}.log"
+
+    @property
+    def pid_file(self) -> Path:
+        return SERVICES / f"{self.name}.pid"
+
+    def pid(self) -> int | None:
+        """The process, if it runs: the same one, not another that has got its number since."""
+        if not self.pid_file.is_file():
+            return None
+        pid, born = self.pid_file.read_text().split()
+        return int(pid) if _born(int(pid)) == born else None
+
+    def start(self) -> None:
+        """Start it unless it runs. Exits if another program has its port."""
+        if self.pid() is not None:
+            return
+        if self.address:
+            self._claim(urlsplit(self.address).port or 80)
+        SERVICES.mkdir(parents=True, exist_ok=True)
+        with self.log.open("wb") as log:
+            process = subprocess.Popen(
+                [str(BIN / self.command[0]), *self.command[1:]],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=ROOT,
+                env={**os.environ, **ENVIRONMENT},
+                start_new_session=True,
+            )
+        self.pid_file.write_text(f"{process.pid} {_born(process.pid)}")
+
+    def _claim(self, port: int) -> None:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                fail(f"port {port} is in use by another program: set {self.name.upper()}_PORT to a free one")
+
+    def ready(self) -> bool:
+        return _answers(self.address) if self.address else self.words in self.log.read_text(errors="replace")
+
+    def wait(self) -> None:
+        """Return when it is ready. Exits, with the end of its log, if it stops or takes too long."""
+        deadline = time.monotonic() + START_SECONDS
+        while not self.ready():
+            if self.pid() is None or time.monotonic() > deadline:
+                tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
+                fail(f"{self.name} did not start; the end of {self.log}:\n{tail}")
+            time.sleep(0.2)
+
+    def stop(self) -> bool:
+        """Stop it and all its children; False if it was not running."""
+        pid = self.pid()
+        if pid is None:
+            return False
+        os.killpg(pid, signal.SIGTERM)
+        deadline = time.monotonic() + STOP_SECONDS
+        while self.pid() is not None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)  # whatever of the group ignored the request
+        self.pid_file.unlink()
+        return True
+
+
+def _born(pid: int) -> str | None:
+    """When a process was started, in clock ticks since boot; None if it is gone or a zombie. See proc(5)."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if fields[0] == "Z" else fields[19]
+
+
+def _answers(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(address, timeout=2) as response:
+            return response.status == 200
+    except OSError:
+        return False
+
+
+SERVERS = (
+    Service(
+        "prefect",
+        ("prefect", "server", "start", "--host", "127.0.0.1", "--port", str(urlsplit(PREFECT).port)),
+        address=f"{PREFECT}/api/health",
+    ),
+    Service(
+        "mlflow",
+        (
+            *("mlflow", "server", "--host", "127.0.0.1", "--port", str(urlsplit(MLFLOW).port), "--workers", "1"),
+            *("--backend-store-uri", f"sqlite:///{HOME / 'mlflow.db'}"),
+            # Files, not through the server: the same record is then written with the server (`make up`) and without
+            # it (`make run`), whichever of them made the experiment.
+            *("--no-serve-artifacts", "--default-artifact-root", (HOME / "mlartifacts").as_uri()),
+        ),
+        address=f"{MLFLOW}/health",
+    ),
+)
+WORKER = Service(
+    "worker", ("prefect", "worker", "start", "--type", "process", "--pool", POOL, "--name", POOL), words="started!"
+)
+
+
+def up() -> None:
+    """Start what does not run yet, deploy everything, and say how to go on."""
+    _start_servers()
+    WORKER.start()
+    WORKER.wait()  # it creates the work pool, which deploying needs
+    _crash_zombies()
+    subprocess.run(
+        [BIN / "prefect", "--no-prompt", "deploy", "--all"], cwd=ROOT, env={**os.environ, **ENVIRONMENT}, check=True
+    )
+    lines = [f"export {name}={shlex.quote(value)}" for name, value in ENVIRONMENT.items()]
+    (HOME / "env").write_text("\n".join([*lines, f'export PATH={shlex.quote(str(BIN))}:"$PATH"', ""]))
+    say("", *_addresses(), f"Logs     {SERVICES}", "", "Run a deployment, for instance:", sep="\n")
+    say(f"  . {os.path.relpath(HOME / 'env')} && prefect deployment run train-eval/digits --watch")
+    say("Stop everything: make down")
+
+
+def down() -> None:
+    """Stop the worker, then the servers."""
+    for service in (WORKER, *reversed(SERVERS)):
+        if service.stop():
+            say(f"stopped {service.name}")
+
+
+def ui() -> None:
+    """Both servers until Ctrl-C; those that `up` has started stay."""
+    own = [server for server in SERVERS if server.pid() is None]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    try:
+        _start_servers()
+        say(*_addresses(), sep="\n")
+        if not own:
+            return
+        say("Ctrl-C stops them.")
+        while all(server.pid() for server in own):
+            time.sleep(0.5)
+        fail(f"a server stopped; see {SERVICES}")
+    except KeyboardInterrupt:
+        say()
+    finally:
+        for server in own:
+            server.stop()
+
+
+def _start_servers() -> None:
+    for server in SERVERS:
+        server.start()
+    say(f"starting {' and '.join(server.name for server in SERVERS)} ...")
+    for server in SERVERS:
+        server.wait()
+
+
+def _addresses() -> tuple[str, str]:
+    return f"Prefect  {PREFECT}", f"MLflow   {MLFLOW}"
+
+
+def _crash_zombies() -> None:
+    """Have the server mark a flow run as crashed when its process and its worker have both died."""
+    automation = json.loads((ROOT / "infra" / "zombies.json").read_text())
+    known = _post("filter", {"automations": {"name": {"any_": [automation["name"]]}}})
+    if not known:
+        _post("", automation)
+
+
+def _post(path: str, content: dict[str, Any]) -> Any:
+    request = urllib.request.Request(
+        f"{PREFECT}/api/automations/{path}", json.dumps(content).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=30) as response:
+        return json.load(response)
+
+
+if __name__ == "__main__":
+    commands = {"up": up, "down": down, "ui": ui}
+    if sys.argv[1:] not in [[name] for name in commands]:
+        fail(f"usage: python infra/local.py {' | '.join(commands)}")
+    commands[sys.argv[1]]()

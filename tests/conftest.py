@@ -1,0 +1,65 @@
+"""Real images and small stores for every test."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dcgan.config import build
+from dcgan.data import store
+from dcgan.data.ingest import ingest
+
+RESTORE = Path(__file__).parents[2] / "shared" / "data" / "restore.py"
+
+
+@pytest.fixture(scope="session")
+def real_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with `cifar-10-batches-py/`, `MNIST/raw/`, `faces/` and `rooms/`; read-only for tests."""
+    if given := os.environ.get("DCGAN_TEST_DATA"):
+        return Path(given)
+    if not RESTORE.is_file():
+        pytest.skip("real images are absent: set DCGAN_TEST_DATA, or have ../shared/data/restore.py")
+    restored = tmp_path_factory.mktemp("real_data")
+    subprocess.run([sys.executable, str(RESTORE), str(restored)], check=True, stdout=subprocess.DEVNULL)
+    return restored
+
+
+@pytest.fixture(scope="session")
+def digits_store(tmp_path_factory: pytest.TempPathFactory) -> store.Store:
+    """The store of the preset `digits`: 1,412 + 385 real images, 32 px, one channel; read-only for tests."""
+    home = tmp_path_factory.mktemp("digits")
+    return store.Store.open(home, ingest(build("digits").data, home))
+
+
+@pytest.fixture
+def home(tmp_path: Path, digits_store: store.Store) -> Path:
+    """A home of the test's own, in which the preset `digits` has been ingested."""
+    shutil.copytree(digits_store.path.parent, tmp_path / "home" / "stores")
+    return tmp_path / "home"
+
+
+@pytest.fixture(scope="session")
+def make_store() -> Callable[..., store.Store]:
+    """make_store(home, size=32, channels=3, classes=2, train=64, test=16, seed=0): random; classes=0: no labels."""
+    return _make_store
+
+
+def _make_store(
+    home: Path, size: int = 32, channels: int = 3, classes: int = 2, train: int = 64, test: int = 16, seed: int = 0
+) -> store.Store:
+    generator = np.random.default_rng(seed)
+    names = tuple(str(label) for label in range(classes))
+    splits = {
+        split: [
+            (generator.integers(0, 256, (channels, size, size), np.uint8), i % classes if classes else -1)
+            for i in range(count)
+        ]
+        for split, count in (("train", train), ("test", test))
+    }
+    description = store.Description("random", names, size, channels, "none")
+    return store.Store.open(home, store.write(home, description, splits.items(), ()))

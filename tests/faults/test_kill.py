@@ -1,0 +1,113 @@
+"""kill -9 in mid-training: of a Ray worker, and of the whole flow. Nothing is lost, repeated or left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from dcgan import checkpoint, stages
+from dcgan.config import build
+from dcgan.run import Run
+
+SETTINGS = [
+    "model.width=8",
+    "train.steps=120",
+    "train.batch_size=64",
+    "train.log_every=10",
+    "train.sample_every=60",
+    "train.checkpoint_every=30",
+    "evaluate.protocols=[knn]",
+]
+LINES = list(range(10, 121, 10))
+PATIENCE = 240  # seconds that a start, on a busy machine, may take
+
+
+def start(command, home):
+    log = (home / "log.txt").open("a")
+    environment = {**os.environ, "DCGAN_HOME": str(home), "PREFECT_HOME": str(home / "prefect")}
+    return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+
+
+def wait_for_step(process, home, step):
+    """The run, as soon as its metrics have reached `step`."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        assert process.poll() is None, (home / "log.txt").read_text()[-3000:]
+        for file in home.glob("runs/*/experiment.json"):
+            run = Run.open(file.parent)
+            if any(line["step"] >= step for line in run.metrics()):
+                return run
+        time.sleep(0.02)
+    raise AssertionError(f"no step {step} in {PATIENCE} s: " + (home / "log.txt").read_text()[-3000:])
+
+
+def finish(process, home):
+    assert process.wait(PATIENCE) == 0, (home / "log.txt").read_text()[-3000:]
+
+
+def final_state(run):
+    assert checkpoint.latest(run).name == "120"
+    return checkpoint.load(checkpoint.latest(run))
+
+
+def in_group(group):
+    """Processes of a session that are alive."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = status.read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(fields[3]) == group and fields[0] != "Z":
+            found.append(int(status.parent.name))
+    return found
+
+
+@pytest.mark.slow
+def test_a_killed_ray_worker_is_replaced_and_metrics_have_no_gap_and_no_double(home):
+    program = (
+        "from dcgan import stages, config\n"
+        f"stages.train(stages.ingest(config.build('digits', {[*SETTINGS, 'compute.workers=2']!r})))"
+    )
+    process = start([sys.executable, "-c", program], home)
+    run = wait_for_step(process, home, 50)
+    worker = int((run.path / ".lock").read_text())  # the process of rank 0
+    assert worker != process.pid
+    os.kill(worker, signal.SIGKILL)
+    finish(process, home)
+    assert [line["step"] for line in run.metrics()] == LINES
+    assert int((run.path / ".lock").read_text()) != worker
+    final_state(run)
+
+
+@pytest.mark.slow
+def test_a_killed_flow_resumes_with_the_same_command_bit_for_bit(home, tmp_path):
+    command = [sys.executable, "-m", "flows.train_eval", "digits", *SETTINGS, "compute.workers=1"]
+    process = start(command, home)
+    run = wait_for_step(process, home, 70)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + 30
+    while in_group(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not in_group(process.pid), "processes of the killed flow are still there"
+    interrupted_at = checkpoint.steps(run)[-1]
+    assert 30 <= interrupted_at < 120
+
+    finish(start(command, home), home)
+    assert [line["step"] for line in run.metrics()] == LINES
+    assert run.scores().keys() == {"knn"}
+    assert (run.path / "report.html").is_file()
+
+    whole = stages.ingest(build("digits", [*SETTINGS, f"data.home={tmp_path / 'whole'}", "compute.workers=1"]))
+    assert whole.name == run.name
+    stages.train(whole)
+    resumed, uninterrupted = final_state(run), final_state(whole)
+    for name in ("generator", "discriminator"):
+        for key, value in uninterrupted[name].items():
+            assert torch.equal(resumed[name][key], value), f"{name}.{key}"

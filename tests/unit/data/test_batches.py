@@ -1,0 +1,93 @@
+"""What a step sees: a pure function of (seed, step, rank, world), tested without any process."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dcgan.data import batches
+from dcgan.data.batches import Batches, normalise
+from dcgan.distributed import Place
+
+
+def place(rank=0, world=1):
+    return Place(rank, world, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory, make_store):
+    return make_store(tmp_path_factory.mktemp("batches"), size=28, channels=1, train=50, test=8)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    world=st.sampled_from([1, 2, 3, 4]),
+    each=st.integers(1, 4),
+    seed=st.integers(0, 2**32 - 1),
+    step=st.integers(0, 200),
+)
+def test_ranks_together_see_the_single_process_batch(small, world, each, seed, step):
+    batch = world * each
+    alone = Batches(small, "train", batch, seed, place()).rows(step)
+    shared = [Batches(small, "train", batch, seed, place(rank, world)).rows(step) for rank in range(world)]
+    assert np.array_equal(np.concatenate(shared), alone)
+
+
+@settings(max_examples=25, deadline=None)
+@given(batch=st.integers(1, 50), seed=st.integers(0, 99))
+def test_an_epoch_shows_no_image_twice_and_leaves_out_less_than_a_batch(small, batch, seed):
+    data = Batches(small, "train", batch, seed, place())
+    per_epoch = 50 // batch
+    seen = np.concatenate([data.rows(step) for step in range(per_epoch)])
+    assert len(np.unique(seen)) == len(seen) == per_epoch * batch > 50 - batch
+    if batch > 5:
+        assert not np.array_equal(data.rows(per_epoch), data.rows(0))  # the next epoch has another order
+
+
+def test_any_step_is_the_same_whether_reached_or_jumped_to(small):
+    stream = Batches(small, "train", 8, 1, place()).from_step(0)
+    walked = [next(stream) for _ in range(9)][8]
+    jumped = next(Batches(small, "train", 8, 1, place()).from_step(8))
+    assert torch.equal(walked[0], jumped[0])
+    assert torch.equal(walked[1], jumped[1])
+
+
+def test_images_and_labels_stay_together_across_shards(tmp_path, make_store, monkeypatch):
+    monkeypatch.setattr("dcgan.data.store.SHARD_IMAGES", 7)
+    store = make_store(tmp_path, size=28, channels=1, classes=5, train=30)
+    data = Batches(store, "train", 30, 0, place())
+    rows = data.rows(0)
+    images, labels = next(data.from_step(0))
+    assert np.array_equal(images.numpy(), store.images("train")[rows])
+    assert np.array_equal(labels.numpy(), store.labels("train")[rows])
+
+
+def test_noise_is_as_published_and_differs_between_steps_and_seeds():
+    uniform, normal = (batches.noise(kind, (1000, 100), 0, 0) for kind in ("uniform", "normal"))
+    assert uniform.dtype == normal.dtype == np.float32
+    assert (uniform.min(), uniform.max()) == pytest.approx((-1, 1), abs=1e-3)
+    assert uniform.var() == pytest.approx(1 / 3, rel=0.02)
+    assert (normal.mean(), normal.std()) == pytest.approx((0, 1), abs=0.01)
+    same = batches.noise("normal", (1000, 100), 0, 0)
+    assert np.array_equal(normal, same)
+    for seed, step in [(0, 1), (1, 0), (1, 1)]:
+        other = batches.noise("normal", (1000, 100), seed, step)
+        assert abs(np.corrcoef(normal.ravel(), other.ravel())[0, 1]) < 0.02
+
+
+def test_pixels_are_scaled_to_minus_one_and_one_only():
+    pixels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
+    scaled = normalise(pixels, channels_last=False)
+    np.testing.assert_allclose(scaled.flatten(), np.arange(256) / 127.5 - 1, atol=1e-6)
+    assert normalise(pixels.expand(2, 3, 16, 16), True).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_batch_larger_than_the_split_is_refused(small):
+    with pytest.raises(ValueError, match=r"batch_size=51 exceeds the 50 images of split 'train'"):
+        Batches(small, "train", 51, 0, place())
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused(small):
+    with pytest.raises(ValueError, match=r"batch_size=8 is not divisible by 3"):
+        Batches(small, "train", 8, 0, place(0, 3))

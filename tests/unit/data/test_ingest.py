@@ -1,0 +1,96 @@
+"""The same input is ingested once; a store that is gone or damaged is made again."""
+
+import logging
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dcgan.config import Data, build
+from dcgan.data import sources
+from dcgan.data.ingest import ingest
+from dcgan.data.sources import digits
+from dcgan.data.store import Store
+
+
+def tree(root: Path, count: int = 30) -> Path:
+    generator = np.random.default_rng(0)
+    for i in range(count):
+        path = root / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, (40, 36, 3), np.uint8)).save(path)
+    return root
+
+
+def folder(root: Path, **settings: object) -> Data:
+    return Data(name="folder", size=28, source=str(root), test_fraction=0.3, **settings)  # type: ignore[arg-type]
+
+
+def test_the_second_time_nothing_is_read(home: Path, monkeypatch: pytest.MonkeyPatch, digits_store: Store) -> None:
+    def unread(data: Data, downloads: Path) -> None:
+        raise AssertionError("read again")
+
+    monkeypatch.setattr(digits, "read", unread)
+    assert ingest(build("digits").data, home) == digits_store.fingerprint
+    with pytest.raises(AssertionError, match="read again"):
+        ingest(build("digits", ["data.size=28"]).data, home)
+
+
+@pytest.mark.parametrize("damage", ["gone", "shorter", "manifest", "index"])
+def test_a_damaged_store_is_made_again(
+    home: Path, digits_store: Store, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = home / "stores" / digits_store.fingerprint
+    if damage == "gone":
+        shutil.rmtree(path)
+    elif damage == "index":
+        next((home / "stores" / "index").iterdir()).write_text("{")
+    else:
+        file = path / {"shorter": "train-00000.npy", "manifest": "manifest.json"}[damage]
+        file.write_bytes(file.read_bytes()[:-1])
+    with caplog.at_level(logging.WARNING):
+        assert ingest(build("digits").data, home) == digits_store.fingerprint
+    assert "ingesting again" in caplog.text
+    Store.open(home, digits_store.fingerprint, verify=True)
+
+
+def test_a_changed_byte_is_found_on_request(home: Path, digits_store: Store) -> None:
+    shard = home / "stores" / digits_store.fingerprint / "train-00000.npy"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    ingest(build("digits").data, home)
+    assert shard.read_bytes()[-1:] == b"?", "only lengths are compared"
+    ingest(build("digits").data, home, verify=True)
+    Store.open(home, digits_store.fingerprint, verify=True)
+
+
+def test_a_changed_tree_is_another_store(tmp_path: Path) -> None:
+    root, home = tree(tmp_path / "images"), tmp_path / "home"
+    first = ingest(folder(root), home)
+    assert ingest(folder(root), home) == first
+    Image.new("RGB", (30, 30), "red").save(root / "a" / "new.png")
+    second = ingest(folder(root), home)
+    assert second != first
+    (root / "a" / "new.png").unlink()
+    assert ingest(folder(root), home) == first
+
+
+def test_the_place_of_the_input_does_not_matter(tmp_path: Path) -> None:
+    first = ingest(folder(tree(tmp_path / "here")), tmp_path / "home")
+    assert ingest(folder(tree(tmp_path / "elsewhere")), tmp_path / "home") == first
+
+
+def test_nothing_is_written_outside_stores_and_downloads(tmp_path: Path) -> None:
+    root, home = tree(tmp_path / "images"), tmp_path / "home"
+    before = sorted(root.rglob("*"))
+    ingest(folder(root), home)
+    assert [path.name for path in home.iterdir()] == ["stores"]
+    assert sorted(root.rglob("*")) == before
+
+
+def test_every_data_set_has_a_source() -> None:
+    assert set(sources.SOURCES) == {"digits", "mnist", "cifar10", "folder"}
+    for source in sources.SOURCES.values():
+        assert callable(source.signature)
+        assert callable(source.read)

@@ -1,0 +1,133 @@
+"""The image store gives back what was written, and notices every changed byte."""
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dcgan import storage
+from dcgan.data import store
+from dcgan.data.store import Description, SourceFile, Store
+
+LABELLED = Description("toy", ("a", "b", "c"), 4, 3, "none")
+BARE = Description("toy", (), 4, 1, "none")
+Make = Callable[..., Store]
+
+
+def images(count: int, description: Description, seed: int = 0) -> list[tuple[np.ndarray, int]]:
+    generator = np.random.default_rng(seed)
+    shape = (description.channels, description.size, description.size)
+    classes = len(description.classes)
+    return [
+        (generator.integers(0, 256, shape, np.uint8), int(generator.integers(classes)) if classes else -1)
+        for _ in range(count)
+    ]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    counts=st.dictionaries(st.sampled_from(["train", "test", "extra", "train-00000"]), st.integers(1, 40), min_size=1),
+    shard=st.integers(1, 45),
+    description=st.sampled_from([LABELLED, BARE]),
+)
+def test_what_is_written_is_read_back(counts: dict[str, int], shard: int, description: Description) -> None:
+    written = {split: images(count, description, seed) for seed, (split, count) in enumerate(counts.items())}
+    with tempfile.TemporaryDirectory() as directory:
+        name = store.write(
+            Path(directory), description, written.items(), [SourceFile("f", 3, "00")], shard_images=shard
+        )
+        read = Store.open(Path(directory), name, verify=True)
+        assert read.splits == tuple(sorted(counts)), "manifests are written with sorted keys"
+        assert (read.fingerprint, read.dataset, read.classes) == (name, "toy", description.classes)
+        assert read.manifest["sources"] == [{"name": "f", "bytes": 3, "sha256": "00"}]
+        for split, pairs in written.items():
+            assert read.count(split) == len(pairs)
+            assert [len(part) for part in read.shards(split)][:-1] == [shard] * ((len(pairs) - 1) // shard)
+            np.testing.assert_array_equal(read.images(split), np.stack([image for image, _ in pairs]))
+            np.testing.assert_array_equal(read.labels(split), [label for _, label in pairs])
+            assert (read.images(split).dtype, read.labels(split).dtype) == (np.uint8, np.int64)
+
+
+def test_the_fingerprint_depends_on_every_part(tmp_path: Path) -> None:
+    pairs = images(6, LABELLED)
+    brighter = [(image ^ np.uint8(i == 5), label) for i, (image, label) in enumerate(pairs)]
+    relabelled = [(image, (label + (i == 5)) % 3) for i, (image, label) in enumerate(pairs)]
+    renamed = Description("toy", ("a", "b", "d"), 4, 3, "none")
+    names = [
+        store.write(tmp_path, description, [("train", content)], (), skipped)
+        for description, content, skipped in [
+            (LABELLED, pairs, ()),
+            (LABELLED, pairs, ()),
+            (LABELLED, brighter, ()),
+            (LABELLED, relabelled, ()),
+            (renamed, pairs, ()),
+            (LABELLED, pairs, ("left out",)),
+        ]
+    ]
+    assert names[0] == names[1]
+    assert len(set(names)) == 5
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_flipped_byte_is_detected(data: st.DataObject) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        name = store.write(
+            Path(directory), LABELLED, [("train", images(3, LABELLED)), ("test", images(2, LABELLED))], ()
+        )
+        path = data.draw(st.sampled_from(sorted((Path(directory) / "stores" / name).iterdir())))
+        content = bytearray(path.read_bytes())
+        at = data.draw(st.integers(0, len(content) - 1))
+        content[at] ^= data.draw(st.integers(1, 255))
+        path.write_bytes(content)
+        with pytest.raises(storage.CorruptError, match=path.name):
+            Store.open(Path(directory), name, verify=True)
+
+
+@pytest.mark.parametrize(
+    ("image", "label", "message"),
+    [
+        (
+            np.zeros((3, 4, 5), np.uint8),
+            0,
+            r"toy: image 1 of split 'train' is uint8 \(3, 4, 5\); expected uint8 \(3, 4, 4\)",
+        ),
+        (np.zeros((3, 4, 4), np.float32), 0, "float32"),
+        (np.zeros((3, 4, 4), np.uint8), 3, "has label 3; allowed are 0 to 2"),
+        (np.zeros((3, 4, 4), np.uint8), -1, "has label -1; allowed are 0 to 2"),
+    ],
+)
+def test_a_wrong_image_or_label_is_refused_and_nothing_is_left(
+    tmp_path: Path, image: np.ndarray, label: int, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        store.write(tmp_path, LABELLED, [("train", [*images(1, LABELLED), (image, label)])], ())
+    assert os.listdir(tmp_path / "stores") == []
+
+
+def test_labels_without_classes_and_empty_splits_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has label 0; allowed are -1 to -1"):
+        store.write(tmp_path, BARE, [("train", [(np.zeros((1, 4, 4), np.uint8), 0)])], ())
+    with pytest.raises(ValueError, match="toy: split 'test' has no images"):
+        store.write(tmp_path, BARE, [("train", images(1, BARE)), ("test", [])], ())
+
+
+def test_writing_again_mends_a_damaged_store(tmp_path: Path, make_store: Make) -> None:
+    made = make_store(tmp_path)
+    shard = made.path / "train-00000.npy"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    with pytest.raises(storage.CorruptError, match=r"train-00000\.npy is corrupt"):
+        Store.open(tmp_path, made.fingerprint, verify=True)
+    assert make_store(tmp_path).fingerprint == made.fingerprint
+    Store.open(tmp_path, made.fingerprint, verify=True)
+    assert os.listdir(tmp_path / "stores") == [made.fingerprint]
+
+
+def test_an_unknown_fingerprint_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no image store 0123456789abcdef under .*: run `dcgan ingest` first"):
+        Store.open(tmp_path, "0123456789abcdef")

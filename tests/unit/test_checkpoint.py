@@ -1,0 +1,176 @@
+"""Atomic, verified, prunable checkpoints, refused by name where they don't fit."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from dcgan import checkpoint, models, storage
+from dcgan.config import validate
+from dcgan.distributed import Place
+from dcgan.run import Run
+from dcgan.step import Game
+
+
+@pytest.fixture
+def store(tmp_path, make_store):
+    return make_store(tmp_path / "home", size=28, channels=1, train=32)
+
+
+def make_run(store, **model):
+    sections = {
+        "data": {"name": "digits", "size": 28, "home": store.path.parent.parent},
+        "model": {"kernel": 4, "width": 2, "z_dim": 3, **model},
+        "train": {"steps": 100, "batch_size": 8, "keep": 2, "ema": 0.5},
+    }
+    return Run.create(validate(sections), store)
+
+
+def make_game(run, store):
+    nets = models.build(run.experiment.model, store.channels, len(store.classes), 28, 0)
+    return Game(*nets, run.experiment.train, Place(0, 1, torch.device("cpu")))
+
+
+def play(game, steps=2):
+    for step in range(steps):
+        game.step(step, torch.rand(8, 1, 28, 28), None, torch.randn(8, 3))
+
+
+def save(run, game, store, *steps_and_distances):
+    writer = checkpoint.Writer(run)
+    for step, swd in steps_and_distances:
+        writer.save(checkpoint.snapshot(game, step, run, store), swd)
+    writer.close()
+
+
+def flat(state):
+    for value in state.values() if isinstance(state, dict) else state:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (dict, list)):
+            yield from flat(value)
+
+
+def test_everything_comes_back(store):
+    run = make_run(store)
+    game = make_game(run, store)
+    play(game)
+    save(run, game, store, (2, 0.5))
+    fresh = make_game(run, store)
+    assert checkpoint.restore(fresh, checkpoint.load(checkpoint.latest(run)), run) == 2
+    for name in ("generator", "discriminator", "average", "g_optimizer", "d_optimizer"):
+        ours, theirs = (list(flat(getattr(g, name).state_dict())) for g in (game, fresh))
+        assert len(ours) == len(theirs) > 0
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)), name
+
+
+def test_a_snapshot_does_not_change_while_training_goes_on(store):
+    run = make_run(store)
+    game = make_game(run, store)
+    state = checkpoint.snapshot(game, 0, run, store)
+    before = state["generator"]["project.weight"].clone()
+    play(game)
+    assert torch.equal(state["generator"]["project.weight"], before)
+    assert not torch.equal(game.generator.project.weight, before)
+
+
+def test_newest_and_best_are_kept_and_the_rest_removed(store):
+    run = make_run(store)
+    save(run, make_game(run, store), store, (1, 0.9), (2, 0.1), (3, 0.5), (4, 0.4), (5, 0.1))
+    assert checkpoint.steps(run) == [2, 4, 5]
+    assert checkpoint.read_best(run) == {"step": 2, "metric": "swd", "value": 0.1}  # the first of equals
+    assert checkpoint.best(run).name == "2"
+    assert checkpoint.latest(run).name == "5"
+
+
+def test_chosen_follows_the_experiment(store):
+    run = make_run(store)
+    with pytest.raises(FileNotFoundError, match="no checkpoint: train it first"):
+        checkpoint.chosen(run)
+    save(run, make_game(run, store), store, (1, 0.1), (2, 0.2))
+    assert checkpoint.chosen(run).name == "1"
+    evaluate = run.experiment.evaluate.model_copy(update={"checkpoint": "latest"})
+    assert checkpoint.chosen(Run(run.path, run.experiment.model_copy(update={"evaluate": evaluate}), run.fingerprint)).name == "2"
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "manifest"])
+def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_taken(store, damage, caplog):
+    run = make_run(store)
+    save(run, make_game(run, store), store, (1, 0.1), (2, 0.2))
+    file = run.checkpoints / "2" / "state.pt"
+    if damage == "flip":
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    elif damage == "truncate":
+        file.write_bytes(file.read_bytes()[:-1])
+    elif damage == "delete":
+        file.unlink()
+    else:
+        (run.checkpoints / "2" / "manifest.json").write_text("{")
+    assert checkpoint.latest(run).name == "1"
+    assert (run.checkpoints / "corrupt-2").is_dir()
+    assert "set aside" in caplog.text
+    with pytest.raises(storage.CorruptError):
+        checkpoint.load(run.checkpoints / "corrupt-2")
+
+
+def test_a_checkpoint_of_another_architecture_is_refused_by_name(store):
+    small, wide = make_run(store), make_run(store, width=3)
+    save(small, make_game(small, store), store, (1, 0.1))
+    shutil.copytree(small.checkpoints, wide.checkpoints)
+    with pytest.raises(checkpoint.IncompatibleError, match=r"model\.width: 2 there, 3 here"):
+        checkpoint.restore(make_game(wide, store), checkpoint.load(checkpoint.latest(wide)), wide)
+
+
+def test_a_checkpoint_of_another_data_set_is_refused_by_name(store, tmp_path, make_store):
+    other = make_store(tmp_path / "home", size=28, channels=1, train=32, seed=1)
+    ours, theirs = make_run(store), make_run(other)
+    save(theirs, make_game(theirs, other), other, (1, 0.1))
+    with pytest.raises(checkpoint.IncompatibleError, match=f"image store: {other.fingerprint} there, {store.fingerprint} here"):
+        checkpoint.restore(make_game(ours, store), checkpoint.load(checkpoint.latest(theirs)), ours)
+
+
+def test_a_failed_write_leaves_the_checkpoints_before_it_and_is_raised(store, monkeypatch):
+    run = make_run(store)
+    game = make_game(run, store)
+    save(run, game, store, (1, 0.1))
+
+    def full(state, path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        save(run, game, store, (2, 0.05))
+    assert [p.name for p in sorted(run.checkpoints.iterdir())] == ["1", "best.json"]
+    assert json.loads((run.checkpoints / "best.json").read_text())["step"] == 1
+    assert checkpoint.latest(run).name == "1"
+
+
+def test_the_moving_average_is_what_is_shown(store):
+    run = make_run(store)
+    game = make_game(run, store)
+    play(game)
+    save(run, game, store, (2, 0.1))
+    shown = checkpoint.load_generator(checkpoint.latest(run))
+    assert torch.equal(shown.project.weight, game.average.project.weight)
+    assert not torch.equal(shown.project.weight, game.generator.project.weight)
+    assert not shown.training
+
+
+def test_a_hostile_state_is_refused(store):
+    """weights_only: a pickle that calls a function is not executed, even behind a valid manifest."""
+
+    class Hostile:
+        def __reduce__(self):
+            return (pytest.fail, ("code in a checkpoint was executed",))
+
+    run = make_run(store)
+    with storage.staging(run.checkpoints) as staged:
+        torch.save({"step": Hostile()}, staged / "state.pt")
+        storage.seal(staged, {"step": 1})
+        storage.publish(staged, run.checkpoints / "1")
+    with pytest.raises(Exception, match="weights_only|Unsupported global"):
+        checkpoint.load(checkpoint.latest(run))

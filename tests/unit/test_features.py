@@ -1,0 +1,91 @@
+"""Feature banks: pooled layers, BatchNorm frozen to the statistics of real images, exported weights."""
+
+import numpy as np
+import pytest
+import torch
+
+from dcgan import checkpoint, features, models, train
+from dcgan.config import Model, validate
+from dcgan.data.batches import normalise
+from dcgan.run import Run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, make_store):
+    """A run of four steps on random images with its banks written."""
+    home = tmp_path_factory.mktemp("features")
+    store = make_store(home, size=28, channels=1, classes=3, train=60, test=20)
+    sections = {
+        "data": {"name": "digits", "size": 28, "home": home},
+        "model": {"kernel": 5, "width": 3, "z_dim": 4, "conditional": True},
+        "train": {"steps": 4, "batch_size": 10, "checkpoint_every": 2, "sample_every": 4},
+        "compute": {"workers": 0, "device": "cpu"},
+        "evaluate": {"checkpoint": "latest"},
+    }
+    run = Run.create(validate(sections), store)
+    train.train(run)
+    features.extract(run)
+    return run
+
+
+def test_layers_are_max_pooled_to_4x4_flattened_and_concatenated():
+    _, d = models.build(Model(kernel=3, width=2), 3, 0, 32, seed=0)
+    extractor = features.Extractor(d.eval())
+    images = torch.randn(2, 3, 32, 32)
+    got = extractor(images).detach().numpy()
+    expected = []
+    for maps in d.activations(images):
+        maps = maps.detach().numpy()
+        cell = maps.shape[-1] // 4
+        pooled = maps.reshape(2, maps.shape[1], 4, cell, 4, cell).max((3, 5))
+        expected.append(pooled.reshape(2, -1))
+    np.testing.assert_array_equal(got, np.concatenate(expected, 1))
+    assert got.shape == (2, 16 * sum(d.channels))
+
+
+def test_calibration_is_the_mean_over_batches_of_real_images(trained, monkeypatch):
+    monkeypatch.setattr(features, "BATCH", 20)
+    store = trained.store()
+    _, d = models.build(Model(kernel=4, width=2), 1, 0, 28, seed=0)
+    d(torch.randn(4, 1, 28, 28) + 5)  # statistics that must vanish
+    features.calibrate(d, store, torch.device("cpu"))
+    order = features.Batches(store, "train", 1, 0, features.Place(0, 1, torch.device("cpu"))).permutation(0)
+    means, variances = [], []
+    for start in range(0, 60, 20):
+        images = normalise(torch.from_numpy(np.array(store.images("train")[order[start : start + 20]])), False)
+        maps = d.convs[1](torch.nn.functional.leaky_relu(d.convs[0](images), 0.2)).detach().double().numpy()
+        means.append(maps.mean((0, 2, 3)))
+        variances.append(maps.var((0, 2, 3), ddof=1))
+    np.testing.assert_allclose(d.norms[0].running_mean, np.mean(means, 0), atol=1e-6)
+    np.testing.assert_allclose(d.norms[0].running_var, np.mean(variances, 0), rtol=1e-4)
+    assert not d.training
+    assert d.norms[0].momentum == 0.1
+
+
+def test_banks_hold_every_image_in_order_and_both_sources(trained):
+    store = trained.store()
+    assert {p.name for p in trained.features.iterdir()} == {"discriminator-4", "random_init-0"}
+    extractor = features.load_extractor(trained.path / "export" / "discriminator.safetensors")
+    with torch.no_grad():
+        expected = extractor(normalise(torch.from_numpy(np.array(store.images("test"))), False)).numpy()
+    bank = features.read_bank(trained, "discriminator", 4, "test")
+    assert bank.dtype == np.float32
+    np.testing.assert_allclose(bank, expected, rtol=2e-3, atol=1e-4)  # float16 on disk
+    control = features.read_bank(trained, "random_init", 0, "test")
+    assert control.shape == bank.shape == (20, 16 * (3 + 6))
+    assert not np.allclose(control, bank, atol=1e-2)
+    assert features.read_bank(trained, "discriminator", 4, "train").shape[0] == 60
+
+
+def test_extraction_is_not_repeated_but_follows_the_chosen_checkpoint(trained):
+    before = {p: p.stat().st_mtime_ns for p in trained.features.glob("*/*")}
+    features.extract(trained)
+    assert {p: p.stat().st_mtime_ns for p in trained.features.glob("*/*")} == before
+
+
+def test_exported_generator_draws_what_the_checkpoint_draws(trained):
+    exported = features.load_exported(trained.path / "export" / "generator.safetensors")
+    original = checkpoint.load_generator(checkpoint.latest(trained))
+    z, labels = torch.randn(3, 4), torch.tensor([0, 1, 2])
+    with torch.no_grad():
+        assert torch.equal(exported(z, labels), original(z, labels))

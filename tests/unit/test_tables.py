@@ -1,0 +1,83 @@
+"""The line of a training step and the table of scores, as a person reads them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dcgan import tables
+from dcgan.config import build
+from dcgan.run import Run
+
+SCORES = {
+    "knn": {"discriminator": {"knn/accuracy": 0.9, "knn/neighbours": 5.0}},
+    "svm_few_labels": {
+        "discriminator": {"svm_few_labels/accuracy": 0.63849, "svm_few_labels/accuracy_std": 0.004},
+        "random_init": {"svm_few_labels/accuracy": 0.56, "svm_few_labels/accuracy_std": 0.01},
+        "raw_pixels": {"svm_few_labels/accuracy": 0.25, "svm_few_labels/accuracy_std": 0.02},
+    },
+}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    run = Run(tmp_path / "runs" / "digits-0", build("digits"), "0" * 16)
+    (run.path / "scores").mkdir(parents=True)
+    return run
+
+
+def write_scores(run: Run, **steps: int) -> None:
+    for protocol, scores in SCORES.items():
+        content = {"checkpoint": steps.get(protocol, 1200), "chosen": "best", "scores": scores}
+        (run.path / "scores" / f"{protocol}.json").write_text(json.dumps(content))
+
+
+def test_each_score_stands_beside_its_controls_and_its_deviation(run: Run) -> None:
+    write_scores(run)
+    assert tables.score_rows(run) == [
+        ("knn/accuracy", "0.9000", "-", "-"),
+        ("svm_few_labels/accuracy", "0.6385 ± 0.0040", "0.5600 ± 0.0100", "0.2500 ± 0.0200"),
+    ]
+
+
+def test_the_text_table_is_aligned_and_says_what_was_scored(run: Run) -> None:
+    write_scores(run)
+    caption, blank, header, knn, few = tables.text_table(run).splitlines()
+    assert (caption, blank) == ("digits-0: best checkpoint, step 1,200", "")
+    for column, control, mean in (("discriminator", "0.9000", "0.6385"), ("random init", "-  ", "0.5600")):
+        assert header.index(column) == knn.index(control) == few.index(mean)
+
+
+def test_scores_of_two_checkpoints_are_told_apart(run: Run) -> None:
+    write_scores(run, knn=600)
+    assert "step 600 and best checkpoint, step 1,200" in tables.text_table(run)
+
+
+def test_a_run_without_scores_says_so(run: Run) -> None:
+    assert tables.text_table(run).startswith("digits-0: not scored yet")
+
+
+def line(step: int, **more: float) -> dict[str, Any]:
+    losses = {"d_loss": 0.5, "g_loss": 1.25, "d_real": 0.75, "d_fake": 0.25}
+    return {"step": step, "images": step * 64, "images_per_second": 640.0, "seconds": 1.0, **losses, **more}
+
+
+def test_a_line_of_progress_gives_the_time_left() -> None:
+    """At 640 images/s a step of 64 takes 0.1 s: 1,100 steps are 110 s."""
+    assert tables.progress_line(line(100, swd=0.125), 1200) == (
+        "step 100/1,200  loss D 0.500 G 1.250  D(real) 0.75 D(fake) 0.25  640 images/s  swd 0.1250  1 min 50 s left"
+    )
+    assert tables.progress_line(line(100), 110).endswith("1 s left")
+    assert tables.progress_line(line(100), 36_100).endswith("1 h 0 min left")
+    assert tables.progress_line(line(1200), 1200).endswith("640 images/s")
+
+
+def test_progress_is_said_at_intervals_at_checkpoints_and_at_the_end() -> None:
+    now, said = [0.0], []
+    progress = tables.Progress(100, said.append, lambda: now[0])
+    for time, words in ((0.0, line(1)), (0.5, line(2)), (1.0, line(3, swd=0.1)), (2.5, line(4)), (3.1, line(5))):
+        now[0] = time
+        progress(words)
+    progress(line(100))
+    assert [text.split("/")[0] for text in said] == ["step 1", "step 3", "step 5", "step 100"]

@@ -1,0 +1,195 @@
+"""The loop: what it writes and when, that it goes on exactly, and that it stops when it must."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dcgan import checkpoint, models, train
+from dcgan.config import validate
+from dcgan.data import batches
+from dcgan.distributed import Place
+from dcgan.run import BusyError, Run
+from dcgan.step import Game
+
+
+@pytest.fixture
+def make_run(tmp_path, make_store):
+    def make(home="home", model=None, **settings):
+        store = make_store(tmp_path / home, size=28, channels=1, train=40)
+        sections = {
+            "data": {"name": "digits", "size": 28, "home": tmp_path / home},
+            "model": {"kernel": 4, "width": 2, "z_dim": 3, **(model or {})},
+            "train": {"steps": 10, "batch_size": 8, "log_every": 2, "sample_every": 4, "checkpoint_every": 5, **settings},
+            "compute": {"workers": 0, "device": "cpu"},
+        }
+        return Run.create(validate(sections), store)
+
+    return make
+
+
+def interrupt_at(monkeypatch, step):
+    """Make the game raise KeyboardInterrupt instead of playing that step."""
+    play = Game.step
+
+    def stepping(self, number, *args):
+        if number == step:
+            raise KeyboardInterrupt
+        return play(self, number, *args)
+
+    monkeypatch.setattr(Game, "step", stepping)
+
+
+TIMINGS = ("images_per_second", "seconds")
+
+
+def without_timings(run):
+    return [{k: v for k, v in line.items() if k not in TIMINGS} for line in run.metrics()]
+
+
+def states_equal(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(states_equal(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return all(states_equal(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+def test_a_run_holds_all_it_should(make_run):
+    run = make_run()
+    train.train(run)
+    lines = run.metrics()
+    assert [line["step"] for line in lines] == [2, 4, 5, 6, 8, 10]
+    assert [line["images"] for line in lines] == [16, 32, 40, 48, 64, 80]
+    assert {"d_loss", "g_loss", "d_real", "d_fake", "d_grad_norm", "g_grad_norm", *TIMINGS} <= lines[0].keys()
+    assert [line["step"] for line in lines if "swd" in line] == [5, 10]
+    assert sorted(p.name for p in run.samples.iterdir()) == [f"{s:08d}.png" for s in (0, 4, 8, 10)]
+    assert Image.open(run.samples / "00000010.png").size == (8 * 30 + 2, 8 * 30 + 2)
+    assert checkpoint.steps(run) == [5, 10]
+    assert not (run.path / "events.jsonl").exists()
+
+
+def test_metrics_are_means_over_the_steps_since_the_last_line(make_run):
+    run = make_run()
+    train.train(run)
+    store = run.store()
+    settings = run.experiment.train
+    game = Game(*models.build(run.experiment.model, 1, 2, 28, 0), settings, Place(0, 1, torch.device("cpu")))
+    data = batches.Batches(store, "train", 8, 0, game.place)
+    losses = []
+    for step in range(4):
+        real = torch.from_numpy(store.images("train")[data.rows(step)]).float() / 127.5 - 1
+        losses.append(game.step(step, real, None, torch.from_numpy(batches.noise("uniform", (8, 3), 0, step))))
+    for first, line in zip((0, 2), run.metrics(), strict=False):
+        for name, value in losses[first].items():
+            expected = (value + losses[first + 1][name]) / 2
+            assert line[name] == pytest.approx(float(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize("stop", [3, 5, 7])
+def test_resumed_equals_uninterrupted_bit_for_bit(make_run, monkeypatch, stop):
+    whole = make_run("whole", ema=0.9)
+    train.train(whole)
+    broken = make_run("broken", ema=0.9)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patch, stop)
+        train.train(broken)
+    assert max(checkpoint.steps(broken), default=0) == (5 if stop >= 5 else 0)
+    train.train(broken)
+    assert without_timings(broken) == without_timings(whole)
+    a, b = (checkpoint.load(checkpoint.latest(run)) for run in (whole, broken))
+    for name in ("generator", "discriminator", "average", "g_optimizer", "d_optimizer"):
+        assert states_equal(a[name], b[name]), name
+    for picture in whole.samples.iterdir():
+        assert (broken.samples / picture.name).read_bytes() == picture.read_bytes()
+
+
+def test_a_finished_run_is_left_alone(make_run, monkeypatch):
+    run = make_run()
+    train.train(run)
+    before = (run.path / "metrics.jsonl").read_bytes()
+    interrupt_at(monkeypatch, 0)
+    train.train(run)
+    assert (run.path / "metrics.jsonl").read_bytes() == before
+
+
+def test_alternating_lines_hold_what_was_played(make_run):
+    run = make_run(update="alternate", log_every=1, steps=4, checkpoint_every=4)
+    train.train(run)
+    assert ["g_loss" in line for line in run.metrics()] == [True, False, True, False]
+    assert ["d_loss" in line for line in run.metrics()] == [False, True, False, True]
+
+
+def test_conditional_runs_draw_a_row_a_class(make_run):
+    run = make_run(model={"conditional": True, "hidden": 8, "affine": False})
+    train.train(run)
+    assert Image.open(run.samples / "00000010.png").size == (8 * 30 + 2, 2 * 30 + 2)
+
+
+def test_non_finite_stops_with_step_and_cause_and_keeps_the_last_checkpoint(make_run, monkeypatch):
+    run = make_run()
+    play = Game.step
+
+    def poisoned(self, step, *args):
+        metrics = play(self, step, *args)
+        return metrics | {"d_loss": metrics["d_loss"] * float("nan")} if step == 6 else metrics
+
+    monkeypatch.setattr(Game, "step", poisoned)
+    with pytest.raises(train.DivergedError, match=r"d_loss not finite in the steps up to 8"):
+        train.train(run)
+    assert checkpoint.latest(run).name == "5"
+    assert [line["step"] for line in run.metrics()] == [2, 4, 5, 6]
+    events = [json.loads(line) for line in (run.path / "events.jsonl").read_text().splitlines()]
+    assert [(e["step"], e["event"]) for e in events] == [(8, "non_finite")]
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [({"d_loss": 0.049}, 1), ({"d_loss": 0.051}, 0), ({"d_real": 0.98, "d_fake": 0.02}, 1), ({"d_real": 0.9, "d_fake": 0.0}, 0)],
+)
+def test_collapse_is_recorded_once_when_it_begins(make_run, monkeypatch, override, expected):
+    run = make_run()
+    play = Game.step
+
+    def stepping(self, step, *args):
+        forced = {"d_loss": 1.0, "d_real": 0.5, "d_fake": 0.5, **override}
+        return play(self, step, *args) | {name: torch.tensor(value) for name, value in forced.items()}
+
+    monkeypatch.setattr(Game, "step", stepping)
+    train.train(run)
+    file = run.path / "events.jsonl"
+    events = [json.loads(line)["event"] for line in file.read_text().splitlines()] if file.exists() else []
+    assert events == ["collapse"] * expected
+
+
+def test_a_run_that_is_being_written_is_refused(make_run):
+    run = make_run()
+    with run.lock(), pytest.raises(BusyError, match=f"run {run.name} is being written by process"):
+        train.train(run)
+
+
+def test_seed_decides_the_run(make_run):
+    a, b, c = make_run("a"), make_run("b"), make_run("c", seed=1)
+    for run in (a, b, c):
+        train.train(run)
+    assert without_timings(a) == without_timings(b) != without_timings(c)
+
+
+def test_the_distance_of_a_checkpoint_is_measured_on_training_images_only(make_run, monkeypatch):
+    run = make_run()
+    asked = []
+    count = type(run.store()).shards
+    monkeypatch.setattr(type(run.store()), "shards", lambda self, split: asked.append(split) or count(self, split))
+    train.train(run)
+    assert set(asked) == {"train"}
+
+
+def test_fixed_noise_never_meets_training_noise():
+    settings = validate({"data": {"name": "digits", "size": 28}, "model": {"z_dim": 3}, "train": {"steps": 1}}).model
+    z, labels = train.fixed_noise(settings, 0, 8, seed=0)
+    assert labels is None
+    assert not any(np.allclose(z, batches.noise("uniform", (8, 3), 0, step)) for step in range(100))

@@ -1,0 +1,58 @@
+"""The distance that chooses `best`: a metric in behaviour, worse for worse images, blind to order."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import wasserstein_distance
+
+from dcgan import wasserstein
+
+
+def images(seed, count=256, smooth=0.0):
+    stream = torch.Generator().manual_seed(seed)
+    noise = torch.rand(count, 3, 32, 32, generator=stream) * 2 - 1
+    blurred = torch.nn.functional.avg_pool2d(noise, 5, 1, 2)
+    return (1 - smooth) * noise + smooth * blurred
+
+
+def test_zero_for_the_same_images_in_any_order():
+    real = images(0)
+    assert wasserstein.distance(real, real) == 0
+    assert wasserstein.distance(real, real.flip(0)) == pytest.approx(0, abs=1e-6)
+
+
+def test_worse_images_are_further_away_and_collapse_is_furthest():
+    real = images(0, smooth=0.5)
+    again = wasserstein.distance(real, images(1, smooth=0.5))
+    near = wasserstein.distance(real, images(2, smooth=0.75))
+    far = wasserstein.distance(real, images(2, smooth=1.0))
+    collapsed = wasserstein.distance(real, real[:1].expand_as(real))
+    assert again < near < far
+    assert collapsed > 2 * again
+
+
+def test_one_level_matches_scipy():
+    """The mean over directions of SciPy's one-dimensional distance on the same normalised patches."""
+    generator = torch.Generator().manual_seed(3)
+    real, fake = images(0, 32)[:, :, :14, :14], images(1, 32, 0.3)[:, :, :14, :14]
+    got = wasserstein._compare(real, fake, generator)
+    generator = torch.Generator().manual_seed(3)
+    corners = torch.randint(8, (wasserstein.PATCHES, 2), generator=generator).tolist()
+    flat = []
+    for batch in (real, fake):
+        patches = np.concatenate([batch[:, :, y : y + 7, x : x + 7].numpy() for y, x in corners])
+        patches = (patches - patches.mean((0, 2, 3), keepdims=True)) / patches.std((0, 2, 3), keepdims=True, ddof=1)
+        flat.append(patches.reshape(len(patches), -1))
+    directions = torch.randn(147, wasserstein.DIRECTIONS, generator=generator).numpy()
+    directions /= np.linalg.norm(directions, axis=0)
+    expected = np.mean([wasserstein_distance(flat[0] @ d, flat[1] @ d) for d in directions.T])
+    assert float(got) == pytest.approx(expected, rel=1e-4)
+
+
+def test_every_size_has_levels_down_to_fourteen_pixels():
+    assert [len(wasserstein._pyramid(torch.zeros(1, 1, s, s))) for s in (28, 32, 64, 128)] == [2, 2, 3, 4]
+
+
+def test_sets_of_different_shapes_are_refused():
+    with pytest.raises(ValueError, match="different shapes"):
+        wasserstein.distance(images(0, 4), images(0, 5))
