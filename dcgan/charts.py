@@ -1,7 +1,7 @@
 """Line charts as SVG text: no script, no file, readable at phone width; colours and dashes are the page's style."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -52,7 +52,7 @@ def number(value: float) -> str:
 
 def chart(
     title: str,
-    series: dict[str, Sequence[Point]],
+    series: Mapping[str, Sequence[Point]],
     xs: tuple[float, float],
     marks: Sequence[float] = (),
     ys: tuple[float, float] | None = None,

@@ -1,7 +1,7 @@
 """Checkpoints: written aside, hashed, renamed; the newest valid one is where a run goes on.
 
     checkpoints/<step>/state.pt        nets, moving average, optimizers, experiment, image shape; tensors and plain data
-    checkpoints/<step>/manifest.json   step, fingerprint and the SHA-256 of state.pt; without it there is no checkpoint
+    checkpoints/<step>/manifest.json   step, identity and the SHA-256 of state.pt; without it there is no checkpoint
     checkpoints/best.json              the step with the lowest sliced Wasserstein distance so far, and that distance
 
 No generator state is stored: what is random at a step is a pure function of the seed and the step (data/batches.py).
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from dcgan import models, storage
-from dcgan.config import Experiment, validate
+from dcgan.config import validate
 from dcgan.data.store import Store
 from dcgan.run import Run
 from dcgan.step import Game
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 STATE = "state.pt"
 
 
-class IncompatibleError(RuntimeError):
+class IncompatibleError(ValueError):
     """A checkpoint of another architecture, training or data set; the message names every difference."""
 
 
@@ -34,7 +34,7 @@ def snapshot(game: Game, step: int, run: Run, store: Store) -> dict[str, Any]:
     """Everything needed to go on after `step`, copied to the CPU: training may change the nets while it is written."""
     state: dict[str, Any] = {
         "step": step,
-        "fingerprint": run.fingerprint,
+        "identity": identity(run),
         "experiment": run.experiment.model_dump(mode="json"),
         "images": {"channels": store.channels, "classes": list(store.classes)},
         "generator": game.generator.state_dict(),
@@ -88,7 +88,7 @@ class Writer:
         step, directory = state["step"], self.run.checkpoints
         with storage.staging(directory) as staged:
             torch.save(state, staged / STATE)
-            storage.seal(staged, {"step": step, "fingerprint": state["fingerprint"], "swd": swd})
+            storage.seal(staged, {"step": step, "identity": state["identity"], "swd": swd})
             storage.publish(staged, directory / str(step))
         best = read_best(self.run)
         if best is None or swd < best["value"]:
@@ -111,7 +111,7 @@ def read_best(run: Run) -> dict[str, Any] | None:
 
 
 def latest(run: Run) -> Path | None:
-    """The newest valid checkpoint. A corrupt one is set aside as `corrupt-<step>` with a warning, the one before taken."""
+    """The newest valid checkpoint; a corrupt one is set aside as `corrupt-<step>` with a warning."""
     for step in reversed(steps(run)):
         directory = run.checkpoints / str(step)
         try:
@@ -150,12 +150,25 @@ def load(directory: Path) -> dict[str, Any]:
     return torch.load(directory / STATE, map_location="cpu", weights_only=True)
 
 
-def restore(game: Game, state: dict[str, Any], run: Run) -> int:
-    """Put a state into the game and return its step. Raises IncompatibleError if it belongs to another run."""
-    theirs, ours = _identity(validate(state["experiment"]), state), _identity(run.experiment, run)
+def identity(run: Run) -> dict[str, Any]:
+    """What a checkpoint must share with the run that goes on from it: every setting of `identity`, and the images."""
+    sections = run.experiment.identity()
+    flat = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
+    return {**flat, "image store": run.fingerprint}
+
+
+def check_fits(directory: Path, run: Run) -> None:
+    """Raise IncompatibleError, naming what differs, if the run can't go on from this checkpoint."""
+    theirs, ours = storage.read_manifest(directory, hashes=False)["identity"], identity(run)
     differences = [f"{key}: {theirs.get(key)} there, {ours[key]} here" for key in ours if theirs.get(key) != ours[key]]
     if differences:
-        raise IncompatibleError(f"checkpoint {state['step']} does not fit run {run.name}: {'; '.join(differences)}")
+        raise IncompatibleError(f"{directory} does not fit run {run.name}: {'; '.join(differences)}")
+
+
+def restore(game: Game, directory: Path, run: Run) -> int:
+    """Put a checkpoint into the game and return its step. Raises IncompatibleError if it belongs to another run."""
+    check_fits(directory, run)
+    state = load(directory)
     game.generator.load_state_dict(state["generator"])
     game.discriminator.load_state_dict(state["discriminator"])
     if game.average is not None:
@@ -163,13 +176,6 @@ def restore(game: Game, state: dict[str, Any], run: Run) -> int:
     game.g_optimizer.load_state_dict(state["g_optimizer"])
     game.d_optimizer.load_state_dict(state["d_optimizer"])
     return state["step"]
-
-
-def _identity(experiment: Experiment, owner: Run | dict[str, Any]) -> dict[str, Any]:
-    sections = experiment.identity()
-    flat = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
-    fingerprint = owner.fingerprint if isinstance(owner, Run) else owner["fingerprint"]
-    return {**flat, "image store": fingerprint}
 
 
 def load_nets(directory: Path) -> tuple[models.Generator, models.Discriminator, dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Ray Train: run a function in several worker processes, here or on an existing cluster, and restart what dies.
 
 The only module that imports ray, and it knows nothing of what it runs. RAY_ADDRESS names an existing cluster; without
-it a local Ray is started, which this machine alone can reach, and stopped again whatever happens. Each worker gets an
+it a local Ray is started, guarded by a token of its own, and stopped again whatever happens. Each worker gets an
 equal share of the cores, a process group that is already initialised (gloo, or NCCL on GPUs) and the variables that
 torchrun sets. Ray's own checkpoints are not used: a restarted function finds its own.
 """
@@ -20,6 +20,8 @@ from dcgan.config import Compute
 
 COLLECTIVE_TIMEOUT = 600  # seconds until a hung peer counts as dead: as long as Ray's own health check waits
 OBJECT_STORE = 2**27  # bytes; no image and no tensor passes through Ray, whose default is 30 % of the memory
+LOOPBACK = "127.0.0.2"  # Ray replaces 127.0.0.1 by the address of a network interface, which a laptop may lose
+START_ATTEMPTS = 3  # Ray gives its own processes 15 s to start; the next attempt finds the libraries in memory
 SOCKET = len("/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store")  # bytes below its directory
 REPEATS = (ValueError, TypeError, LookupError, ArithmeticError, AssertionError)  # a restart would fail in the same way
 
@@ -74,19 +76,40 @@ def session(home: Path, workers: int) -> Iterator[None]:
         yield
         return
     with _short(home / "ray") as directory:
-        local: dict[str, Any] = {
-            "num_cpus": max(_cores(), workers),
-            "object_store_memory": OBJECT_STORE,
-            "include_dashboard": False,
-            "_node_ip_address": "127.0.0.2",
-            "_temp_dir": str(directory),
-        }
-        with _sigterm_kept():
-            ray.init(address, log_to_driver=False, logging_level="WARNING", **(local if address == "local" else {}))
+        before = signal.getsignal(signal.SIGTERM)
+        _connect(address, directory, workers)
+        if before != signal.SIG_DFL and threading.current_thread() is threading.main_thread():
+            # Prefect can't cancel a flow whose handler Ray has replaced. Where there was none, Ray's stays: it exits,
+            # and the session is closed on the way.
+            signal.signal(signal.SIGTERM, before)
         try:
             yield
         finally:
             ray.shutdown()
+
+
+def _connect(address: str, directory: Path, workers: int) -> None:
+    import ray
+
+    logs: dict[str, Any] = {"log_to_driver": False, "logging_level": "WARNING"}
+    if address != "local":
+        ray.init(address, **logs)
+        return
+    for attempt in range(1, START_ATTEMPTS + 1):
+        try:
+            ray.init(
+                "local",
+                num_cpus=max(len(os.sched_getaffinity(0)), workers),
+                object_store_memory=OBJECT_STORE,
+                include_dashboard=False,
+                _node_ip_address=LOOPBACK,
+                _temp_dir=str(directory),
+                **logs,
+            )
+            return
+        except Exception as error:
+            if attempt == START_ATTEMPTS or "timed out during startup" not in str(error):
+                raise
 
 
 def _trainer(function: Callable[..., None], arguments: tuple, compute: Compute, home: Path, name: str) -> Any:
@@ -94,18 +117,14 @@ def _trainer(function: Callable[..., None], arguments: tuple, compute: Compute, 
     from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    class Trainer(TorchTrainer):
-        def _register_sigint_handler(self, controller: Any) -> None:
-            """Ray's own swallows Ctrl-C; left alone, it raises KeyboardInterrupt and the session is closed."""
-
-    class StopOnRepeat(UserCallback):
+    class StopOnRepeat(UserCallback):  # type: ignore[misc]  # mypy follows no import of ray
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
             if any(isinstance(_own(error), REPEATS) for error in worker_exceptions.values()):
                 raise _readable(worker_exceptions)
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cpus = _share([int(node.get("CPU", 0)) for node in nodes], compute.workers)
-    return Trainer(
+    trainer = TorchTrainer(
         _work,
         train_loop_config={"function": function, "arguments": arguments, "threads": cpus},
         torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT),
@@ -122,6 +141,9 @@ def _trainer(function: Callable[..., None], arguments: tuple, compute: Compute, 
             callbacks=[StopOnRepeat()],
         ),
     )
+    # Its handler of Ctrl-C swallows it; without one, KeyboardInterrupt is raised and the session is closed on the way.
+    trainer._register_sigint_handler = lambda controller: None
+    return trainer
 
 
 def _work(config: dict[str, Any]) -> None:
@@ -162,18 +184,6 @@ def _own(error: Exception) -> BaseException:
 
 
 @contextmanager
-def _sigterm_kept() -> Iterator[None]:
-    """Ray replaces the handler of SIGTERM, and Prefect can't cancel a flow whose handler is not its own.
-
-    Where the signal would kill at once, Ray's handler stays: it exits, and the session is closed on the way.
-    """
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    if before != signal.SIG_DFL and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
 def _short(directory: Path) -> Iterator[Path]:
     """The directory, by another name if its own is too long for the Unix sockets that Ray keeps below it."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -184,7 +194,3 @@ def _short(directory: Path) -> Iterator[Path]:
         link = Path(parent) / "ray"
         link.symlink_to(directory)
         yield link
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))

@@ -137,7 +137,9 @@ def read_bank(run: Run, source: str, step: int, split: str) -> np.ndarray:
     """
     bank = run.features / f"{source}-{step}"
     manifest = storage.read_manifest(bank, hashes=False)
-    layers = sorted((n for n in manifest["files"] if n.startswith(f"{split}-")), key=lambda n: int(n[:-4].split("-")[1]))
+    layers = sorted(
+        (n for n in manifest["files"] if n.startswith(f"{split}-")), key=lambda n: int(n[:-4].split("-")[1])
+    )
     return np.concatenate([np.load(bank / name, mmap_mode="r") for name in layers], axis=1, dtype=np.float32)
 
 

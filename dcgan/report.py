@@ -149,7 +149,7 @@ def _cell(value: float | None, spread: float | None, is_score: bool) -> str:
     if value is None:
         return "-"
     if spread is not None:
-        return f"{value:.4f} ± {spread:.4f}"
+        return f"{value:.4f} ±\N{NO-BREAK SPACE}{spread:.4f}"
     return f"{value:.4f}" if is_score else f"{value:.4g}"
 
 

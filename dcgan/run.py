@@ -1,14 +1,14 @@
 """A run: one directory that holds all that one experiment made, and the paths in it.
 
-    experiment.json   the experiment and the fingerprint of its image store
-    metrics.jsonl     one line every `train.log_every` steps
-    checkpoints/      <step>/ and best.json
-    samples/          <step>.png
-    features/         <source>/<split>-<layer>.npy
-    scores/           <protocol>.json
-    export/           weights as safetensors
-    report.html       the page
-    mlflow.json       what has been delivered to MLflow
+experiment.json   the experiment and the fingerprint of its image store
+metrics.jsonl     one line every `train.log_every` steps
+checkpoints/      <step>/ and best.json
+samples/          <step>.png
+features/         <source>/<split>-<layer>.npy
+scores/           <protocol>.json
+export/           weights as safetensors
+report.html       the page
+mlflow.json       what has been delivered to MLflow
 """
 
 import fcntl

@@ -43,13 +43,17 @@ def train(run: Run, progress: Progress | None = None) -> None:
     """Train the run to its last step, from the newest checkpoint; `progress` gets each metrics line as it appears.
 
     `compute.workers` Ray Train workers do it, or this process if that is 0. MLflow is told meanwhile.
-    Raises DivergedError, or what the worker raised.
+    Raises DivergedError, what the worker raised, or, before anything starts, BusyError, IncompatibleError or
+    CorruptError.
     """
     from dcgan import checkpoint, tracking
 
-    newest = checkpoint.latest(run)
-    if newest is not None and int(newest.name) >= run.experiment.train.steps:
-        return
+    with run.lock():  # held by the worker once it runs; here it tells early that another process trains this run
+        newest = checkpoint.latest(run)
+    if newest is not None:
+        checkpoint.check_fits(newest, run)
+        if int(newest.name) >= run.experiment.train.steps:
+            return
     run.store(verify=True)
     with tracking.follow(run), _progress(run, progress):
         if run.experiment.compute.workers == 0:

@@ -48,8 +48,8 @@ class Game:
     def __init__(self, generator: Generator, discriminator: Discriminator, settings: Train, place: Place) -> None:
         layout = torch.channels_last if settings.channels_last else torch.contiguous_format
         self.settings, self.place = settings, place
-        self.generator = generator.to(place.device, memory_format=layout)
-        self.discriminator = discriminator.to(place.device, memory_format=layout)
+        self.generator = generator.to(place.device).to(memory_format=layout)
+        self.discriminator = discriminator.to(place.device).to(memory_format=layout)
         self.average = deepcopy(self.generator).requires_grad_(False) if settings.ema else None
         self.wrapped_generator = distributed.wrap(self.generator, place)
         self.wrapped_discriminator = distributed.wrap(self.discriminator, place)
@@ -121,7 +121,8 @@ class Game:
         """EMA of the generator's weights; BatchNorm's buffers are copied, they are averages already."""
         if self.average is None:
             return
-        averaged, current = list(self.average.parameters()), list(self.generator.parameters())
+        averaged: list[Tensor] = list(self.average.parameters())
+        current: list[Tensor] = list(self.generator.parameters())
         torch._foreach_lerp_(averaged, current, 1 - self.settings.ema)
         for mine, theirs in zip(self.average.buffers(), self.generator.buffers(), strict=True):
             mine.copy_(theirs)

@@ -38,6 +38,8 @@ SETTINGS = {
     "MLFLOW_MODEL_CATALOG_URI": "",
 }
 
+MODE = "?workflowType=machine_learning"  # without it MLflow shows an experiment as one of language models
+
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 
 
@@ -127,7 +129,7 @@ def url(run: Run) -> str | None:
     ledger = Ledger.load(run.path / "mlflow.json")
     if not ledger.run_id or urlsplit(uri(run.home)).scheme not in ("http", "https"):
         return None
-    return f"{without_password(uri(run.home)).rstrip('/')}/#/experiments/{ledger.experiment_id}/runs/{ledger.run_id}"
+    return f"{without_password(uri(run.home)).rstrip('/')}/#/experiments/{ledger.experiment_id}/runs/{ledger.run_id}{MODE}"
 
 
 def start(run: Run, tags: dict[str, str] | None = None) -> str | None:

@@ -111,7 +111,7 @@ def _experiment(client: MlflowClient, run: Run) -> str:
         remote = urlsplit(tracking.uri(run.home)).scheme in ("http", "https")
         location = None if remote else (run.home / "mlartifacts" / name).absolute().as_uri()
         try:
-            return client.create_experiment(name, location)
+            return client.create_experiment(name, location, {"mlflow.experimentKind": "custom_model_development"})
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise

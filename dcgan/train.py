@@ -1,6 +1,6 @@
 """The training loop. Run by Ray Train's workers, by torchrun, or in this process, always through `train`.
 
-    torchrun --nproc-per-node 2 -m dcgan.train RUN      goes on with the run in the directory RUN
+torchrun --nproc-per-node 2 -m dcgan.train RUN      goes on with the run in the directory RUN
 """
 
 import json
@@ -156,7 +156,7 @@ def _resume(run: Run, game: Game, newest: Path | None, place: Place) -> int:
         step = int(shared)
     if step == 0:
         return 0
-    return checkpoint.restore(game, checkpoint.load(run.checkpoints / str(step)), run)
+    return checkpoint.restore(game, run.checkpoints / str(step), run)
 
 
 def _cut(run: Run, step: int) -> None:
@@ -193,7 +193,7 @@ def fixed_noise(model: Model, classes: int, count: int, seed: int) -> tuple[Tens
 
 @torch.no_grad()
 def draw(net: models.Generator, z: Tensor, labels: Tensor | None) -> Tensor:
-    """Images (n, C, H, W) float32 in [-1, 1] on the CPU, with BatchNorm's running statistics; the net's mode is kept."""
+    """Images (n, C, H, W) float32 in [-1, 1] on the CPU, by BatchNorm's running statistics; the net's mode is kept."""
     was_training, device = net.training, next(net.parameters()).device
     net.eval()
     parts = []

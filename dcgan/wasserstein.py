@@ -1,7 +1,8 @@
 """Sliced Wasserstein distance between two sets of images: how `best` is chosen, without labels or outside weights.
 
-After Karras et al. (2018), section 5: 7x7 patches at each level of a Laplacian pyramid, normalised per channel, compared
-by the mean one-dimensional distance over random directions. It sees collapse and missing structure at every scale.
+After Karras et al. (2018), section 5: 7x7 patches at each level of a Laplacian pyramid, normalised per channel,
+compared by the mean one-dimensional distance over random directions. It sees collapse and missing structure at every
+scale.
 Differences: fewer patches and directions (below), average pooling instead of a Gaussian filter, and values not
 multiplied by 1,000. It only ranks checkpoints of one run; it is not comparable with published figures.
 """

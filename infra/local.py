@@ -80,7 +80,8 @@ class Service:
             return
         if self.address:
             self._claim(urlsplit(self.address).port or 80)
-        SERVICES.mkdir(parents=True, exist_ok=True)
+        for directory in (SERVICES, HOME / "prefect"):  # Prefect makes its own only where the parent exists
+            directory.mkdir(parents=True, exist_ok=True)
         with self.log.open("wb") as log:
             process = subprocess.Popen(
                 [str(BIN / self.command[0]), *self.command[1:]],

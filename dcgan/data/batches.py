@@ -3,9 +3,9 @@
 So a resumed run needs no saved generator state, and the ranks' batches together are the single process's batch.
 """
 
-import queue
-import threading
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -14,7 +14,8 @@ from torch import Tensor
 from dcgan.data.store import Store
 from dcgan.distributed import Place, share
 
-ORDER, NOISE, LABELS = range(3)  # independent random streams of one seed
+Stream = Generator[tuple[Tensor, Tensor], None, None]
+ORDER, NOISE = range(2)  # independent random streams of one seed
 RESIDENT_SHARE = 0.5  # of a GPU's free memory that the images may take; the nets at 128 px need the rest
 AHEAD = 4  # batches that the reading thread prepares
 
@@ -29,10 +30,10 @@ def permutation(count: int, seed: int, epoch: int) -> np.ndarray:
     return stream(seed, ORDER, epoch).permutation(count)
 
 
-def noise(settings_z: str, shape: tuple[int, int], seed: int, step: int) -> np.ndarray:
+def noise(kind: str, shape: tuple[int, int], seed: int, step: int) -> np.ndarray:
     """z of one step over all ranks, float32 (batch, z_dim): U(-1, 1) or N(0, 1)."""
     generator = stream(seed, NOISE, step)
-    if settings_z == "normal":
+    if kind == "normal":
         return generator.standard_normal(shape, np.float32)
     return generator.random(shape, np.float32) * 2 - 1
 
@@ -42,7 +43,7 @@ class Batches:
 
     Iterating gives (images uint8 (n, C, H, W), labels int64 (n,)) on the rank's device, n = batch_size / world; an
     incomplete last batch of an epoch is left out. On a GPU that has room the images live there; otherwise one thread
-    gathers them from the memory maps into pinned memory ahead of time.
+    gathers them from the memory maps ahead of time, into pinned memory if they go to a GPU.
     Raises ValueError if the split holds fewer images than one batch.
     """
 
@@ -78,23 +79,16 @@ class Batches:
             images[chosen] = self.shards[shard][rows[chosen] - self.starts[shard]]
         return images
 
-    def from_step(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches from `step` on; close the iterator to stop the reading thread."""
+    def from_step(self, step: int) -> Stream:
+        """Batches from `step` on; close the stream to stop the reading thread."""
         device = self.place.device
-        if device.type == "cpu":
-            return self._on_cpu(step)
-        free, _ = torch.cuda.mem_get_info(device)
-        if sum(shard.nbytes for shard in self.shards) <= RESIDENT_SHARE * free:
-            return self._resident(step)
+        if device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(device)
+            if sum(shard.nbytes for shard in self.shards) <= RESIDENT_SHARE * free:
+                return self._resident(step)
         return self._prefetched(step)
 
-    def _on_cpu(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
-        while True:
-            rows = self.rows(step)
-            yield torch.from_numpy(self.gather(rows)), torch.from_numpy(self.labels[rows])
-            step += 1
-
-    def _resident(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _resident(self, step: int) -> Stream:
         device = self.place.device
         images = torch.cat([torch.from_numpy(np.array(shard)).to(device) for shard in self.shards])
         labels = torch.from_numpy(self.labels).to(device)
@@ -103,39 +97,22 @@ class Batches:
             yield images[rows], labels[rows]
             step += 1
 
-    def _prefetched(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
-        ready: queue.Queue[tuple[Tensor, Tensor] | BaseException] = queue.Queue(AHEAD)
-        stop = threading.Event()
-        reader = threading.Thread(target=self._read_ahead, args=(step, ready, stop), name="batches", daemon=True)
-        reader.start()
-        try:
+    def _prefetched(self, step: int) -> Stream:
+        device = self.place.device
+        with ThreadPoolExecutor(1, thread_name_prefix="batches") as reader:
+            ahead = deque(reader.submit(self._read, step + i) for i in range(AHEAD))
             while True:
-                batch = ready.get()
-                if isinstance(batch, BaseException):
-                    raise batch
-                images, labels = batch
-                device = self.place.device
+                images, labels = ahead.popleft().result()
+                ahead.append(reader.submit(self._read, step + AHEAD))
                 yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        finally:
-            stop.set()
-            reader.join()
-
-    def _read_ahead(self, step: int, ready: "queue.Queue", stop: threading.Event) -> None:
-        def put(item: tuple[Tensor, Tensor] | BaseException) -> None:
-            while not stop.is_set():
-                try:
-                    return ready.put(item, timeout=0.1)
-                except queue.Full:
-                    continue
-
-        try:
-            while not stop.is_set():
-                rows = self.rows(step)
-                images, labels = torch.from_numpy(self.gather(rows)), torch.from_numpy(self.labels[rows])
-                put((images.pin_memory(), labels.pin_memory()))
                 step += 1
-        except (OSError, RuntimeError, ValueError) as error:  # what reading and pinning raise; handed to the loop
-            put(error)
+
+    def _read(self, step: int) -> tuple[Tensor, Tensor]:
+        rows = self.rows(step)
+        batch = torch.from_numpy(self.gather(rows)), torch.from_numpy(self.labels[rows])
+        if self.place.device.type == "cuda":
+            return batch[0].pin_memory(), batch[1].pin_memory()
+        return batch
 
 
 def normalise(images: Tensor, channels_last: bool) -> Tensor:

@@ -29,19 +29,24 @@ class Samples:
         return cls(features, np.arange(len(features)), torch.zeros(width), torch.ones(width))
 
     @classmethod
-    def standardised(cls, features: np.ndarray) -> "Samples":
-        """All rows of (N, F), each feature with mean 0 and variance 1 over them; a constant feature becomes 0."""
+    def centred(cls, features: np.ndarray) -> "Samples":
+        """All rows of (N, F), each feature with mean 0 over them, so that products in float32 lose no digits."""
         plain = cls.of(features)
         total = torch.zeros(plain.width, dtype=torch.float64)
         for _, block in plain.blocks():
             total += block.sum(0, dtype=torch.float64)
-        mean = (total / len(plain)).float()
-        squares = torch.zeros(plain.width, dtype=torch.float64)
-        for _, block in replace(plain, mean=mean).blocks():
+        return replace(plain, mean=(total / len(plain)).float())
+
+    @classmethod
+    def standardised(cls, features: np.ndarray) -> "Samples":
+        """All rows of (N, F), each feature with mean 0 and variance 1 over them; a constant feature becomes 0."""
+        centred = cls.centred(features)
+        squares = torch.zeros(centred.width, dtype=torch.float64)
+        for _, block in centred.blocks():
             squares += block.double().square_().sum(0)
         # Exactly 0 for a constant feature: its mean in float64 rounds to the constant in float32.
-        scale = torch.where(squares == 0, 1.0, (squares / len(plain)).sqrt()).float()
-        return replace(plain, mean=mean, scale=scale)
+        scale = torch.where(squares == 0, 1.0, (squares / len(centred)).sqrt()).float()
+        return replace(centred, scale=scale)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -75,7 +80,8 @@ def check(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, test_y: 
     """
     for split, features, labels in (("train", train_x, train_y), ("test", test_x, test_y)):
         if features.ndim != 2 or labels.shape != features.shape[:1] or not features.size:
-            raise ValueError(f"{split} features {features.shape} and labels {labels.shape} are not (N, F) and (N,), N, F > 0")
+            shapes = f"features {features.shape} and labels {labels.shape}"
+            raise ValueError(f"{split} has {shapes}, not (N, F) and (N,) with N and F at least 1")
         _check_finite(split, features)
         if labels.min() < 0:
             raise ValueError(f"{split} has {(labels < 0).sum()} images without a label: this protocol needs labels")

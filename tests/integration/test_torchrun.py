@@ -26,7 +26,16 @@ TOLERANCE = 2e-5
 
 
 def torchrun(run):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "dcgan.train"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--standalone",
+        "-m",
+        "dcgan.train",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     subprocess.run([*command, str(run.path)], env=environment, check=True, timeout=300)
 
@@ -91,7 +100,9 @@ def test_two_ranks_equal_two_halves_with_averaged_gradients(two_ranks):
     state = checkpoint.load(checkpoint.latest(two_ranks))
     for name, net in zip(("generator", "discriminator"), reference(two_ranks), strict=True):
         for key, value in net.state_dict().items():
-            torch.testing.assert_close(state[name][key], value, atol=TOLERANCE, rtol=0, msg=lambda m, k=key: f"{k}: {m}")
+            torch.testing.assert_close(
+                state[name][key], value, atol=TOLERANCE, rtol=0, msg=lambda m, k=key: f"{k}: {m}"
+            )
 
 
 def test_only_the_first_rank_writes(two_ranks):

@@ -58,7 +58,7 @@ def test_everything_comes_back(store):
     play(game)
     save(run, game, store, (2, 0.5))
     fresh = make_game(run, store)
-    assert checkpoint.restore(fresh, checkpoint.load(checkpoint.latest(run)), run) == 2
+    assert checkpoint.restore(fresh, checkpoint.latest(run), run) == 2
     for name in ("generator", "discriminator", "average", "g_optimizer", "d_optimizer"):
         ours, theirs = (list(flat(getattr(g, name).state_dict())) for g in (game, fresh))
         assert len(ours) == len(theirs) > 0
@@ -91,7 +91,10 @@ def test_chosen_follows_the_experiment(store):
     save(run, make_game(run, store), store, (1, 0.1), (2, 0.2))
     assert checkpoint.chosen(run).name == "1"
     evaluate = run.experiment.evaluate.model_copy(update={"checkpoint": "latest"})
-    assert checkpoint.chosen(Run(run.path, run.experiment.model_copy(update={"evaluate": evaluate}), run.fingerprint)).name == "2"
+    assert (
+        checkpoint.chosen(Run(run.path, run.experiment.model_copy(update={"evaluate": evaluate}), run.fingerprint)).name
+        == "2"
+    )
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "manifest"])
@@ -121,15 +124,17 @@ def test_a_checkpoint_of_another_architecture_is_refused_by_name(store):
     save(small, make_game(small, store), store, (1, 0.1))
     shutil.copytree(small.checkpoints, wide.checkpoints)
     with pytest.raises(checkpoint.IncompatibleError, match=r"model\.width: 2 there, 3 here"):
-        checkpoint.restore(make_game(wide, store), checkpoint.load(checkpoint.latest(wide)), wide)
+        checkpoint.restore(make_game(wide, store), checkpoint.latest(wide), wide)
 
 
 def test_a_checkpoint_of_another_data_set_is_refused_by_name(store, tmp_path, make_store):
     other = make_store(tmp_path / "home", size=28, channels=1, train=32, seed=1)
     ours, theirs = make_run(store), make_run(other)
     save(theirs, make_game(theirs, other), other, (1, 0.1))
-    with pytest.raises(checkpoint.IncompatibleError, match=f"image store: {other.fingerprint} there, {store.fingerprint} here"):
-        checkpoint.restore(make_game(ours, store), checkpoint.load(checkpoint.latest(theirs)), ours)
+    with pytest.raises(
+        checkpoint.IncompatibleError, match=f"image store: {other.fingerprint} there, {store.fingerprint} here"
+    ):
+        checkpoint.restore(make_game(ours, store), checkpoint.latest(theirs), ours)
 
 
 def test_a_failed_write_leaves_the_checkpoints_before_it_and_is_raised(store, monkeypatch):
@@ -170,7 +175,7 @@ def test_a_hostile_state_is_refused(store):
     run = make_run(store)
     with storage.staging(run.checkpoints) as staged:
         torch.save({"step": Hostile()}, staged / "state.pt")
-        storage.seal(staged, {"step": 1})
+        storage.seal(staged, {"step": 1, "identity": checkpoint.identity(run)})
         storage.publish(staged, run.checkpoints / "1")
-    with pytest.raises(Exception, match="weights_only|Unsupported global"):
+    with pytest.raises(Exception, match="Unsupported global"):
         checkpoint.load(checkpoint.latest(run))

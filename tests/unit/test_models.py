@@ -26,7 +26,8 @@ def parameters(net):
         (SVHN, 3, 0, 32, 1_446_976, 1_033_664, [64, 128, 256]),
         # its 28,672 features come from 128, 128, 256, 256, 512, 512 maps at 4x4
         (IMAGENET, 3, 0, 32, 6_690_688, 4_586_112, [128, 128, 256, 256, 512, 512]),
-        # mnist/train_cond_dcgan.py: 110*1024 + 1034*6272 + 138*64*25 + 74*25 and 11*64*25 + 74*128*25 + 6282*1024 + 1034
+        # mnist/train_cond_dcgan.py: 110*1024 + 1034*6272 + 138*64*25 + 74*25
+        # and 11*64*25 + 74*128*25 + 6282*1024 + 1034
         (MNIST, 1, 10, 28, 6_820_538, 6_688_202, [64, 128]),
         # pytorch/examples dcgan: the widely quoted 3,576,704 and 2,765,568
         (TORCH, 3, 0, 64, 3_576_704, 2_765_568, [64, 128, 256, 512]),
@@ -62,7 +63,9 @@ def test_generator_maps_are_the_papers():
     g, _ = models.build(FACES, 3, 0, 64, seed=0)
     shapes = []
     for conv in g.convs:
-        conv.register_forward_hook(lambda _m, inputs, out: shapes.append((tuple(inputs[0].shape[1:]), tuple(out.shape[1:]))))
+        conv.register_forward_hook(
+            lambda _m, inputs, out: shapes.append((tuple(inputs[0].shape[1:]), tuple(out.shape[1:])))
+        )
     g(torch.zeros(2, 100))
     assert [before for before, _ in shapes] == [(1024, 4, 4), (512, 8, 8), (256, 16, 16), (128, 32, 32)]
     assert shapes[-1][1] == (3, 64, 64)
@@ -96,7 +99,9 @@ def test_batch_norm_stands_where_the_paper_puts_it():
     g, d = models.build(SVHN, 3, 0, 32, seed=0)
     assert len(d.norms) == len(d.convs) - 1  # not after D's input layer
     assert len(g.norms) == len(g.convs) - 1  # not after G's output layer
-    assert not any(name.endswith("bias") and "norm" not in name for name, _ in [*g.named_parameters(), *d.named_parameters()])
+    assert not any(
+        name.endswith("bias") and "norm" not in name for name, _ in [*g.named_parameters(), *d.named_parameters()]
+    )
 
 
 def test_spectral_norm_bounds_every_layer():

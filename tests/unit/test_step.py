@@ -139,7 +139,10 @@ def test_discriminator_stays_trainable_after_the_generators_turn():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_step_on_cuda_agrees_with_cpu():
-    here, there = game(), Game(*models.build(MODEL, 1, 0, 28, seed=0), Train(steps=10, batch_size=8), Place(0, 1, torch.device("cuda")))
+    here, there = (
+        game(),
+        Game(*models.build(MODEL, 1, 0, 28, seed=0), Train(steps=10, batch_size=8), Place(0, 1, torch.device("cuda"))),
+    )
     for step in range(5):
         real, _, z = batch(step)
         expected, got = here.step(step, real, None, z), there.step(step, real.cuda(), None, z.cuda())

@@ -22,7 +22,14 @@ def make_run(tmp_path, make_store):
         sections = {
             "data": {"name": "digits", "size": 28, "home": tmp_path / home},
             "model": {"kernel": 4, "width": 2, "z_dim": 3, **(model or {})},
-            "train": {"steps": 10, "batch_size": 8, "log_every": 2, "sample_every": 4, "checkpoint_every": 5, **settings},
+            "train": {
+                "steps": 10,
+                "batch_size": 8,
+                "log_every": 2,
+                "sample_every": 4,
+                "checkpoint_every": 5,
+                **settings,
+            },
             "compute": {"workers": 0, "device": "cpu"},
         }
         return Run.create(validate(sections), store)
@@ -95,9 +102,10 @@ def test_resumed_equals_uninterrupted_bit_for_bit(make_run, monkeypatch, stop):
     whole = make_run("whole", ema=0.9)
     train.train(whole)
     broken = make_run("broken", ema=0.9)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         interrupt_at(patch, stop)
-        train.train(broken)
+        with pytest.raises(KeyboardInterrupt):
+            train.train(broken)
     assert max(checkpoint.steps(broken), default=0) == (5 if stop >= 5 else 0)
     train.train(broken)
     assert without_timings(broken) == without_timings(whole)
@@ -149,7 +157,12 @@ def test_non_finite_stops_with_step_and_cause_and_keeps_the_last_checkpoint(make
 
 @pytest.mark.parametrize(
     ("override", "expected"),
-    [({"d_loss": 0.049}, 1), ({"d_loss": 0.051}, 0), ({"d_real": 0.98, "d_fake": 0.02}, 1), ({"d_real": 0.9, "d_fake": 0.0}, 0)],
+    [
+        ({"d_loss": 0.049}, 1),
+        ({"d_loss": 0.051}, 0),
+        ({"d_real": 0.98, "d_fake": 0.02}, 1),
+        ({"d_real": 0.9, "d_fake": 0.0}, 0),
+    ],
 )
 def test_collapse_is_recorded_once_when_it_begins(make_run, monkeypatch, override, expected):
     run = make_run()

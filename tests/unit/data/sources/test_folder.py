@@ -81,6 +81,14 @@ def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
     assert set(store.labels("train")) == {-1}
 
 
+def test_the_order_is_that_of_the_names(tmp_path: Path) -> None:
+    for i in (13 * i % 32 for i in range(32)):
+        Image.new("RGB", (30, 30), (i, i, i)).save(tmp_path / f"{i:02d}.png")
+    for _, images in folder.read(given(tmp_path), tmp_path).splits:
+        values = [int(image[0, 0, 0]) for image, _label in images]
+        assert values == sorted(values)
+
+
 def test_one_class_is_enough(tmp_path: Path) -> None:
     for i in range(20):
         picture(tmp_path / "only" / f"{i}.bmp", i)
@@ -144,9 +152,12 @@ def damaged(path: Path, how: str) -> Path:
         Image.fromarray(np.zeros((30, 30), np.uint16)).save(path)
         good = path.read_bytes()
     path.write_bytes(
-        {"truncated": good[:-500], "text": b"not an image", "empty": b"", "eps": b"%!PS-Adobe-3.0 EPSF-3.0\n"}.get(
-            how, good
-        )
+        {
+            "truncated": good[:-500],
+            "text": b"not an image",
+            "empty": b"",
+            "eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 30 30\n%%EndComments\n%%EOF\n",
+        }.get(how, good)
     )
     return path
 

@@ -1,0 +1,21 @@
+"""Evaluators: one module a protocol, each a function from features and labels to named scores.
+
+(train_x (N, F) float32, train_y (N,) int64, test_x, test_y, settings) -> {"protocol/metric": value}. Deterministic
+given `settings.seed`; every choice is made on a split of train. `published` holds the literature's figures.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from dcgan.config import Evaluate, Protocol
+from dcgan.evaluate import clustering, knn, svm
+
+Evaluator = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray, Evaluate], dict[str, float]]
+
+EVALUATORS: dict[Protocol, Evaluator] = {
+    "svm": svm.score,
+    "svm_few_labels": svm.score_few_labels,
+    "clustering": clustering.score,
+    "knn": knn.score,
+}

@@ -1,0 +1,51 @@
+"""k-means on features, train and test merged: how well clusters match classes that they never saw."""
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+from sklearn.cluster import KMeans
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+
+from dcgan.config import Evaluate
+from dcgan.evaluate.samples import check
+
+
+def score(
+    train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, test_y: np.ndarray, settings: Evaluate
+) -> dict[str, float]:
+    """`clustering/nmi`, `clustering/nmi_geometric`, `clustering/accuracy` (0 to 1), `clustering/ari` (-0.5 to 1).
+
+    Higher is better in all. x: float32 (N, F), y: int64 (N,). As many clusters as classes; of `settings.restarts`
+    k-means++ starts the one of lowest inertia is scored. Distances are between features as they are: k-means has no
+    natural unit, and on raw pixels in [0, 1] it is only unscaled that it gives the published figures (DAC, ICCV 2017).
+    Raises ValueError for input that `samples.check` refuses.
+    """
+    check(train_x, train_y, test_x, test_y)
+    merged = np.concatenate([train_x, test_x]).astype(np.float32, copy=False)
+    labels = np.concatenate([train_y, test_y])
+    # copy_x=False: `merged` is ours, and 60,000 x 7,168 need not exist twice
+    means = KMeans(len(np.unique(labels)), n_init=settings.restarts, random_state=settings.seed, copy_x=False)
+    return compare(labels, means.fit_predict(merged))
+
+
+def compare(labels: np.ndarray, clusters: np.ndarray) -> dict[str, float]:
+    """How well clusters (N,) match labels (N,), under whatever numbers; the names and ranges of `score`.
+
+    `nmi` divides the mutual information by the arithmetic mean of both entropies, `nmi_geometric` by the geometric
+    (scikit-learn's default before 0.22, which the literature's figures may use). `accuracy` counts matches under the
+    best assignment of clusters to classes.
+    """
+    return {
+        "clustering/nmi": float(normalized_mutual_info_score(labels, clusters, average_method="arithmetic")),
+        "clustering/nmi_geometric": float(normalized_mutual_info_score(labels, clusters, average_method="geometric")),
+        "clustering/ari": float(adjusted_rand_score(labels, clusters)),
+        "clustering/accuracy": matched(labels, clusters),
+    }
+
+
+def matched(labels: np.ndarray, clusters: np.ndarray) -> float:
+    """The share of (N,) images whose cluster is assigned to their class, in the best one-to-one assignment."""
+    classes, class_of = np.unique(labels, return_inverse=True)
+    names, cluster_of = np.unique(clusters, return_inverse=True)
+    counts = np.zeros((len(classes), len(names)), np.int64)
+    np.add.at(counts, (class_of, cluster_of), 1)
+    return float(counts[linear_sum_assignment(counts, maximize=True)].sum() / len(labels))
