@@ -26,6 +26,11 @@ export MLFLOW_DISABLE_TELEMETRY = true
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
+# One short line a step, and what the library itself has to say.
+run: export PREFECT_LOGGING_FORMATTERS_STANDARD_FLOW_RUN_FMT = %(asctime)s %(levelname)-7s %(message)s
+run: export PREFECT_LOGGING_FORMATTERS_STANDARD_TASK_RUN_FMT = %(asctime)s %(levelname)-7s %(task_run_name)s: %(message)s
+run: export PREFECT_LOGGING_FORMATTERS_STANDARD_FORMAT = %(asctime)s %(levelname)-7s %(message)s
+run: export PREFECT_LOGGING_EXTRA_LOGGERS = dcgan
 run: .venv/installed
 	@mkdir -p $(PREFECT_HOME)
 	@$(BIN)/python -m flows.train_eval $(PRESET) $(SET)

@@ -32,7 +32,7 @@ def thin(points: Sequence[Point], most: int = MOST) -> list[Bucket]:
     return buckets
 
 
-def ticks(low: float, high: float, about: int = 4) -> list[float]:
+def ticks(low: float, high: float, about: int = 5) -> list[float]:
     """Round numbers within [low, high]: steps of 1, 2 or 5 times a power of ten, about `about` of them."""
     span = high - low
     rough = span / about

@@ -6,6 +6,7 @@ equal share of the cores, a process group that is already initialised (gloo, or 
 torchrun sets. Ray's own checkpoints are not used: a restarted function finds its own.
 """
 
+import logging
 import os
 import secrets
 import signal
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from dcgan.config import Compute
+
+log = logging.getLogger(__name__)
 
 COLLECTIVE_TIMEOUT = 600  # seconds until a hung peer counts as dead: as long as Ray's own health check waits
 OBJECT_STORE = 2**27  # bytes; no image and no tensor passes through Ray, whose default is 30 % of the memory
@@ -47,18 +50,26 @@ def launch(function: Callable[..., None], arguments: tuple, compute: Compute, ho
     an exception that a restart would only repeat. `name` is the run's in Ray's views; Ray's files go to `home`/ray.
     Raises WorkerError, or ValueError before anything starts if Ray lacks the CPUs or GPUs that were asked for.
     """
-    with session(home, compute.workers):
-        from ray.train import ControllerError, WorkerGroupError
+    log.info("starting %d Ray worker%s", compute.workers, "" if compute.workers == 1 else "s")
+    for attempts_left in range(compute.max_failures, -1, -1):
+        with session(home, compute.workers):
+            from ray.exceptions import RayActorError
+            from ray.train import ControllerError, WorkerGroupError
 
-        try:
-            _trainer(function, arguments, compute, home, name).fit()
-        except WorkerGroupError as error:
-            raise _readable(error.worker_failures) from error
-        except ControllerError as error:
-            cause = error.controller_failure
-            if isinstance(cause, WorkerError):
-                raise cause from error
-            raise WorkerError(f"Ray's controller failed: {type(cause).__name__}: {cause}") from error
+            try:
+                _trainer(function, arguments, compute, home, name).fit()
+                return
+            except WorkerGroupError as error:
+                raise _readable(error.worker_failures) from error
+            except ControllerError as error:
+                cause = error.controller_failure
+                if isinstance(cause, WorkerError):
+                    raise cause from error
+                # Ray gives up on a worker that dies before the group has started, whatever FailureConfig says, and
+                # then keeps the CPUs of the others: hence a new session.
+                if not (isinstance(cause, RayActorError) and attempts_left):
+                    raise WorkerError(f"Ray's controller failed: {type(cause).__name__}: {cause}") from error
+                log.warning("a worker died while the workers were starting; starting them again")
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dcgan import charts, checkpoint, config, storage, summary, tracking
-from dcgan.evaluate.published import PUBLISHED
+from dcgan.evaluate.published import OTHERS, PUBLISHED, RANDOM_INIT, RAW_PIXELS, Published
 from dcgan.run import Run
 
 STRIP = 12  # grids in the time-lapse: what a reader takes in, and a page of a few megabytes
@@ -40,7 +40,6 @@ class Score:
     metric: str
     values: list[str]
     published: str
-    source: str
     better: bool | None
 
     @property
@@ -78,6 +77,7 @@ def _content(run: Run) -> dict[str, Any]:
         "charts": _charts(run, lines),
         "scores": _scores(run),
         "scored": _scored(run),
+        "published": _published(run),
         "facts": _facts(run, lines),
         "settings": _settings(run),
         "data": _data(run),
@@ -141,8 +141,16 @@ def _scores(run: Run) -> list[Score]:
         ]
         cells.append("" if row.gain is None else f"{row.gain:+.4f}")
         better = None if row.gain is None else row.gain > 0
-        scores.append(Score(name, cells, f"{known.value:.4f}" if known else "", known.source if known else "", better))
+        scores.append(Score(name, cells, f"{known.value:.4f}" if known else "", better))
     return sorted(scores, key=lambda score: score.minor)
+
+
+def _published(run: Run) -> list[tuple[str, Published]]:
+    """(metric, figure) of all that was published for this data set on a metric that the run has, best first."""
+    name, measured = summary.dataset(run), {row.metric for row in summary.table(run)}
+    found = [item for known in (PUBLISHED, RANDOM_INIT, RAW_PIXELS) for item in known.get(name, {}).items()]
+    found += [(metric, figure) for metric, figures in OTHERS.get(name, {}).items() for figure in figures]
+    return sorted((item for item in found if item[0] in measured), key=lambda item: (item[0], -item[1].value))
 
 
 def _cell(value: float | None, spread: float | None, is_score: bool) -> str:

@@ -29,7 +29,7 @@ def ingest(experiment: Experiment) -> Run:
     from dcgan.data import ingest as data
     from dcgan.data.store import Store
 
-    store = Store.open(experiment.home, data.ingest(experiment.data, experiment.home))
+    store = Store.open(experiment.home, data.ingest(experiment.data, experiment.home, verify=True))
     if store.count("train") < experiment.train.batch_size:
         raise ValueError(
             f"train.batch_size={experiment.train.batch_size} exceeds the {store.count('train')} training images"
@@ -54,7 +54,6 @@ def train(run: Run, progress: Progress | None = None) -> None:
         checkpoint.check_fits(newest, run)
         if int(newest.name) >= run.experiment.train.steps:
             return
-    run.store(verify=True)
     with tracking.follow(run), _progress(run, progress):
         if run.experiment.compute.workers == 0:
             train_here(str(run.path))

@@ -64,7 +64,7 @@ def headline(run: Run) -> str:
     lines = run.metrics()
     size = run.experiment.data.size
     images = lines[-1]["images"] if lines else 0
-    trained = f"A DCGAN on {size}-pixel {dataset(run)} images, trained on {images:,} of them"
+    trained = f"A DCGAN for {size}-pixel {dataset(run)} images, after seeing {images:,} in training"
     best = max((row for row in main_rows(run) if row.features is not None), key=_worth, default=None)
     if best is None:
         return f"{trained}; its features have not been scored."
@@ -80,7 +80,7 @@ def flat(scores: dict[str, dict[str, float]]) -> dict[str, float]:
     """Scores under one name each: `svm/accuracy`, `random_init/svm/accuracy`, and `svm/gain_over_random_init`."""
     named = dict(scores.get("discriminator", {}))
     for control in CONTROLS:
-        named |= {f"{control}/{name}": value for name, value in scores.get(control, {}).items()}
+        named |= {f"{control}/{name}": value for name, value in scores.get(control, {}).items() if is_score(name)}
     for row in _rows(scores):
         if row.metric.endswith("/accuracy") and row.gain is not None:
             named[row.metric.replace("/accuracy", "/gain_over_random_init")] = row.gain

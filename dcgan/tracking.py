@@ -34,6 +34,7 @@ SETTINGS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",  # seconds, not 120
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # a retried POST whose answer was lost arrives twice; we look first
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_SKIP_PIP_REQUIREMENTS_CHECK": "true",  # asks a package index
     "MLFLOW_MODEL_CATALOG_URI": "",
 }
@@ -129,7 +130,9 @@ def url(run: Run) -> str | None:
     ledger = Ledger.load(run.path / "mlflow.json")
     if not ledger.run_id or urlsplit(uri(run.home)).scheme not in ("http", "https"):
         return None
-    return f"{without_password(uri(run.home)).rstrip('/')}/#/experiments/{ledger.experiment_id}/runs/{ledger.run_id}{MODE}"
+    return (
+        f"{without_password(uri(run.home)).rstrip('/')}/#/experiments/{ledger.experiment_id}/runs/{ledger.run_id}{MODE}"
+    )
 
 
 def start(run: Run, tags: dict[str, str] | None = None) -> str | None:

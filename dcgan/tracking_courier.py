@@ -78,12 +78,13 @@ class Courier:
         if "metrics" in ledger.pending:
             history = self.client.get_metric_history(ledger.run_id, MARKER)
             ledger.images = max([ledger.images, *(past.step for past in history)])
+            ledger.end("metrics", str(ledger.images))
         lines = [line for line in self.run.metrics() if line["images"] > ledger.images]
-        for batch in _batches(lines):
+        for batch in _batches(_timed(lines, self.run.path / "metrics.jsonl")):
             ledger.begin("metrics")
-            metrics = _metrics(batch, lines, self.run.path / "metrics.jsonl")
+            metrics = [metric for when, line in batch for metric in _metrics(when, line)]
             self.client.log_batch(ledger.run_id, metrics=metrics, synchronous=True)
-            ledger.images = batch[-1]["images"]
+            ledger.images = batch[-1][1]["images"]
             ledger.end("metrics", str(ledger.images))
             self.delivery.metrics += len(metrics)
 
@@ -173,21 +174,28 @@ class Courier:
         return True
 
 
-def _batches(lines: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+Timed = tuple[int, dict[str, Any]]  # a line of metrics.jsonl and when it was written, in ms since 1970
+
+
+def _timed(lines: list[dict[str, Any]], file: Path) -> list[Timed]:
+    """The last lines of the file with their times: the file's own, less the seconds of the lines that follow."""
+    timed: list[Timed] = []
+    when = file.stat().st_mtime if lines else 0.0
+    for line in reversed(lines):
+        timed.append((int(when * 1000), line))
+        when -= line["seconds"]
+    return timed[::-1]
+
+
+def _batches(lines: list[Timed]) -> Iterator[list[Timed]]:
     """The lines in pieces of no more than BATCH values: a piece arrives whole or not at all."""
-    size = BATCH // max((len(line) for line in lines), default=1)
+    size = BATCH // max((len(line) for _, line in lines), default=1)
     for start in range(0, len(lines), size):
         yield lines[start : start + size]
 
 
-def _metrics(batch: list[dict[str, Any]], lines: list[dict[str, Any]], file: Path) -> list[Metric]:
-    """Metrics of a batch of `lines`, the last ones of the file; a line's time is the file's less what came after it."""
-    written, metrics = file.stat().st_mtime, []
-    for line in batch:
-        after = sum(later["seconds"] for later in lines if later["step"] > line["step"])
-        when = int((written - after) * 1000)
-        metrics += [Metric(f"train/{key}", value, when, line["images"]) for key, value in _numbers(line).items()]
-    return metrics
+def _metrics(when: int, line: dict[str, Any]) -> list[Metric]:
+    return [Metric(f"train/{key}", value, when, line["images"]) for key, value in _numbers(line).items()]
 
 
 def _numbers(line: dict[str, Any]) -> dict[str, float]:

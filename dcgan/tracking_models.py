@@ -73,7 +73,8 @@ def save(net: nn.Module, inputs: dict[str, np.ndarray], path: Path, card: Model)
     examples = tuple(inputs.values())
     with torch.no_grad():
         output = net(*map(torch.from_numpy, examples)).numpy()
-    schema = Schema([TensorSpec(x.dtype, (-1, *x.shape[1:]), name) for name, x in inputs.items()])
+    names = list(inputs) if len(inputs) > 1 else [None]  # MLflow hands a named input over as a dict, which fails
+    schema = Schema([TensorSpec(x.dtype, (-1, *x.shape[1:]), n) for n, x in zip(names, examples, strict=True)])
     signature = ModelSignature(schema, Schema([TensorSpec(output.dtype, (-1, *output.shape[1:]))]))
     mlflow.pytorch.save_model(
         net,

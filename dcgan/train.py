@@ -42,11 +42,13 @@ def train(run: Run) -> None:
     """Train a run from its newest checkpoint, or from the start, to `train.steps`. Every rank calls this.
 
     Rank 0 writes metrics, samples, checkpoints and events into the run; interrupted at any line, the same call goes on.
-    Raises DivergedError, BusyError, IncompatibleError, or ValueError for settings that don't fit the images.
+    Raises DivergedError, BusyError, IncompatibleError, CorruptError if a byte of the images is not as stored, or
+    ValueError for settings that don't fit them.
     """
-    settings, store = run.experiment.train, run.store()
+    settings = run.experiment.train
     with distributed.join(run.experiment.compute.device) as place, run.lock() if place.first else nullcontext():
         # Announce what this run is.
+        store = run.store(verify=place.first)
         data = Batches(store, "train", settings.batch_size, settings.seed, place)
         game = _start(run, store, place)
         newest = checkpoint.latest(run) if place.first else None

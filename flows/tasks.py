@@ -34,6 +34,7 @@ def _is_tracking(task: Any, task_run: TaskRun, state: State) -> bool:
 
 
 @task(
+    task_run_name="ingest",
     cache_policy=NO_CACHE,
     retries=3,
     retry_delay_seconds=[10, 60, 120],
@@ -49,7 +50,7 @@ def ingest(preset: str, overrides: Sequence[str]) -> str:
     return str(stages.ingest(config.build(preset, overrides)).path)
 
 
-@task(cache_policy=NO_CACHE, retries=0, timeout_seconds=None)
+@task(task_run_name="train", cache_policy=NO_CACHE, retries=0, timeout_seconds=None)
 def train(run: str) -> None:
     """Train to the last step, from the newest checkpoint.
 
@@ -60,7 +61,7 @@ def train(run: str) -> None:
     stages.train(opened, tables.Progress(opened.experiment.train.steps, logger.info))
 
 
-@task(cache_policy=NO_CACHE, retries=1, retry_delay_seconds=10, timeout_seconds=6 * HOUR)
+@task(task_run_name="extract", cache_policy=NO_CACHE, retries=1, retry_delay_seconds=10, timeout_seconds=6 * HOUR)
 def extract(run: str) -> None:
     """Write the feature banks.
 
@@ -70,16 +71,18 @@ def extract(run: str) -> None:
     stages.extract(Run.open(Path(run)))
 
 
-@task(cache_policy=NO_CACHE, retries=1, retry_delay_seconds=10, timeout_seconds=6 * HOUR, task_run_name="{protocol}")
+@task(task_run_name="{protocol}", cache_policy=NO_CACHE, retries=1, retry_delay_seconds=10, timeout_seconds=None)
 def evaluate(run: str, protocol: Protocol) -> dict[str, dict[str, float]]:
     """Score the features by one protocol: {representation: {metric: value}}.
 
-    Retried once, as `extract`: protocols run side by side, and one that ran out of memory may have room later.
+    Retried once, as `extract`: protocols run side by side, and one that ran out of memory may have room later. No time
+    limit: side by side means in threads, where Prefect can't interrupt a computation.
     """
     return stages.evaluate(Run.open(Path(run)), protocol)
 
 
 @task(
+    task_run_name="report",
     cache_policy=NO_CACHE,
     retries=2,
     retry_delay_seconds=[10, 60],

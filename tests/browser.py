@@ -22,6 +22,7 @@ FLAGS = (
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
+    "--hide-scrollbars",
     "--remote-debugging-address=127.0.0.1",
     "--remote-debugging-port=0",
 )
@@ -69,7 +70,7 @@ class Page:
         return self.evaluate("document.body ? document.body.innerText : ''")
 
     def wait(self, expression: str, seconds: float = 60) -> Any:
-        """The expression's value as soon as it is true. Raises AssertionError, with the page's text, if it stays false."""
+        """The expression's value as soon as it is true. Raises AssertionError with the page's text otherwise."""
         deadline = time.monotonic() + seconds
         while not (value := self.evaluate(expression)):
             assert time.monotonic() < deadline, f"{expression} stays {value!r}; the page says:\n{self.text()}"

@@ -217,7 +217,8 @@ done = []
 def watch(event, details):
     if event == "open":
         path, mode, flags = details
-        code = str(path).endswith((".py", ".pyc", ".so")) or "site-packages" in str(path) or isinstance(path, int)
+        code = str(path).endswith((".py", ".pyc", ".so")) or isinstance(path, int)
+        code = code or "site-packages" in str(path) or ".egg-info" in str(path)  # what the interpreter itself looks up
         if (mode and set(mode) & set("wax+")) or (str(path).startswith(sys.argv[1]) and not code):
             done.append(f"{event} {details}")
     elif event in changes:

@@ -13,6 +13,7 @@ from dcgan.data import batches
 from dcgan.distributed import Place
 from dcgan.run import BusyError, Run
 from dcgan.step import Game
+from dcgan.storage import CorruptError
 
 
 @pytest.fixture
@@ -183,6 +184,17 @@ def test_a_run_that_is_being_written_is_refused(make_run):
     run = make_run()
     with run.lock(), pytest.raises(BusyError, match=f"run {run.name} is being written by process"):
         train.train(run)
+
+
+def test_corrupt_images_are_never_trained_on(make_run):
+    run = make_run()
+    shard = run.store().path / "train-00000.npy"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(CorruptError, match=r"train-00000\.npy is corrupt"):
+        train.train(run)
+    assert not (run.path / "metrics.jsonl").exists()
 
 
 def test_seed_decides_the_run(make_run):

@@ -89,6 +89,14 @@ def test_any_flipped_byte_is_detected(data: st.DataObject) -> None:
             Store.open(Path(directory), name, verify=True)
 
 
+def test_a_manifest_that_says_something_else_is_detected(tmp_path: Path, make_store: Make) -> None:
+    made = make_store(tmp_path)
+    manifest = made.path / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"random"', '"Random"'))
+    with pytest.raises(storage.CorruptError, match=r"manifest\.json is corrupt: its hash is not the store's name"):
+        Store.open(tmp_path, made.fingerprint)
+
+
 @pytest.mark.parametrize(
     ("image", "label", "message"),
     [

@@ -143,23 +143,22 @@ def test_exif_orientation_is_applied(tmp_path: Path, orientation: int) -> None:
             np.testing.assert_array_equal(image, seen.transpose(2, 0, 1))
 
 
-def damaged(path: Path, how: str) -> Path:
+NOT_IMAGES = {
+    "text": b"not an image",
+    "empty": b"",
+    "eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 30 30\n%%EndComments\n%%EOF\n",
+}
+
+
+def damaged(path: Path, how: str) -> None:
     good = picture(path, 50).read_bytes()
-    if how == "bomb":  # 40,000 x 40,000 pixels in a few bytes
-        header = b"IHDR" + struct.pack(">IIBBBBB", 40_000, 40_000, 8, 2, 0, 0, 0)
-        good = good[:12] + header + struct.pack(">I", zlib.crc32(header)) + good[33:]
     if how == "deep":
         Image.fromarray(np.zeros((30, 30), np.uint16)).save(path)
-        good = path.read_bytes()
-    path.write_bytes(
-        {
-            "truncated": good[:-500],
-            "text": b"not an image",
-            "empty": b"",
-            "eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 30 30\n%%EndComments\n%%EOF\n",
-        }.get(how, good)
-    )
-    return path
+    elif how == "bomb":  # 40,000 x 40,000 pixels in a few bytes
+        header = b"IHDR" + struct.pack(">IIBBBBB", 40_000, 40_000, 8, 2, 0, 0, 0)
+        path.write_bytes(good[:12] + header + struct.pack(">I", zlib.crc32(header)) + good[33:])
+    else:
+        path.write_bytes(good[:-500] if how == "truncated" else NOT_IMAGES[how])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,172 @@
+"""Real Ray Train workers: they find one another, are restarted when killed, and say why they failed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dcgan import cluster
+from dcgan.config import Compute
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def ray_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """One local Ray for the tests of this module, in a directory too long for a Unix socket below it."""
+    home = tmp_path_factory.mktemp("a-home-with-a-name-of-more-bytes-than-the-107-of-a-unix-socket-have-room-for")
+    with cluster.session(home, workers=2):
+        yield home
+
+
+def compute(**settings: int) -> Compute:
+    return Compute(workers=2, device="cpu", **settings)
+
+
+def test_workers_form_a_process_group_share_the_cores_and_stay_in_the_directory(ray_home: Path) -> None:
+    def report(directory: str) -> None:
+        import torch
+        import torch.distributed as dist
+
+        total = torch.tensor([float(dist.get_rank() + 1)])
+        dist.all_reduce(total)
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+        seen = {
+            "total": total.item(),
+            "threads": torch.get_num_threads(),
+            "directory": os.getcwd(),
+            "missing": [name for name in names if name not in os.environ],
+            "rank": [dist.get_rank(), int(os.environ["RANK"])],
+        }
+        Path(directory, f"{dist.get_rank()}.json").write_text(json.dumps(seen))
+
+    cluster.launch(report, (str(ray_home),), compute(), ray_home, "group")
+
+    share = max(len(os.sched_getaffinity(0)), 2) // 2
+    for rank in (0, 1):
+        assert json.loads((ray_home / f"{rank}.json").read_text()) == {
+            "total": 3.0,
+            "threads": share,
+            "directory": os.getcwd(),
+            "missing": [],
+            "rank": [rank, rank],
+        }
+    assert (ray_home / "ray" / "train").is_dir()
+
+
+def test_worker_killed_at_once_is_restarted_with_the_others(tmp_path: Path) -> None:
+    def die_once(directory: str) -> None:
+        import torch.distributed as dist
+
+        attempts = Path(directory, f"attempts-{dist.get_rank()}")
+        attempts.write_text(attempts.read_text() + "x" if attempts.exists() else "x")
+        if dist.get_rank() == 1 and attempts.read_text() == "x":
+            os.kill(os.getpid(), signal.SIGKILL)
+        dist.barrier()  # rank 0 waits here for a peer that is dead
+
+    cluster.launch(die_once, (str(tmp_path),), compute(max_failures=1), tmp_path, "killed")
+
+    assert [(tmp_path / f"attempts-{rank}").read_text() for rank in (0, 1)] == ["xx", "xx"]
+
+
+def test_exception_of_a_worker_is_one_line_and_one_that_would_repeat_is_not_retried(ray_home: Path) -> None:
+    def fail(directory: str) -> None:
+        import torch.distributed as dist
+
+        attempts = Path(directory, f"failures-{dist.get_rank()}")
+        attempts.write_text(attempts.read_text() + "x" if attempts.exists() else "x")
+        if dist.get_rank() == 1:
+            raise ValueError("train.batch_size=7 is\nwrong")
+        dist.barrier()
+
+    with pytest.raises(cluster.WorkerError, match=r"^worker 1: ValueError: train.batch_size=7 is wrong$"):
+        cluster.launch(fail, (str(ray_home),), compute(max_failures=3), ray_home, "failing")
+
+    assert (ray_home / "failures-1").read_text() == "x"
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (Compute(workers=99, device="cpu"), "compute.workers=99 needs as many CPUs, and Ray has"),
+        (Compute(workers=1, device="cuda"), "compute.workers=1 on compute.device=cuda needs a GPU each, and Ray has 0"),
+    ],
+)
+def test_what_ray_lacks_is_refused_before_anything_waits_for_it(ray_home: Path, asked: Compute, message: str) -> None:
+    import ray
+
+    if asked.device == "cuda" and ray.cluster_resources().get("GPU"):
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(ValueError, match=message):
+        cluster.launch(print, (), asked, ray_home, "refused")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "workers", "cpus"),
+    [([8], 1, 8), ([8], 3, 2), ([2, 2], 1, 2), ([4, 4, 1], 2, 4), ([3, 3], 3, 1), ([1, 1], 2, 1)],
+)
+def test_share_is_the_most_that_fits_within_nodes(nodes: list[int], workers: int, cpus: int) -> None:
+    assert cluster._share(nodes, workers) == cpus
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_no_process_survives_its_driver_and_nothing_is_written_to_the_users_home(
+    tmp_path: Path, sent: signal.Signals
+) -> None:
+    script = f"""
+        import time
+        from pathlib import Path
+        from dcgan import cluster
+        from dcgan.config import Compute
+
+        def work(file):
+            Path(file).touch()
+            time.sleep(600)
+
+        cluster.launch(work, ({str(tmp_path / "working")!r},), Compute(device="cpu"), Path({str(tmp_path)!r}), "long")
+    """
+    (tmp_path / "user").mkdir()
+    marker = f"DCGAN_TEST_MARKER={tmp_path}"
+    environment = {**os.environ, "HOME": str(tmp_path / "user"), "DCGAN_TEST_MARKER": str(tmp_path)}
+    environment.pop("RAY_AUTH_MODE", None)
+    driver = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    _until((tmp_path / "working").exists, 120)
+    assert len(_processes(marker)) > 3
+
+    driver.send_signal(sent)
+
+    driver.wait(60)
+    assert driver.returncode != 0
+    _until(lambda: not _processes(marker), 30)
+    assert list((tmp_path / "user").iterdir()) == []
+
+
+def _processes(marker: str) -> list[str]:
+    """The command lines of the living processes that have inherited the marker."""
+    found = []
+    for directory in Path("/proc").glob("[0-9]*"):
+        try:
+            if marker.encode() in (directory / "environ").read_bytes().split(b"\0"):
+                found.append((directory / "cmdline").read_text().replace("\0", " "))
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue
+    return [command for command in found if command]
+
+
+def _until(condition: object, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.2)

@@ -1,0 +1,185 @@
+"""`make up` for real: servers, worker and deployments on free ports; runs that complete, are refused, are cancelled."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dcgan import config
+from dcgan.run import Run
+from dcgan.tracking import Ledger
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+SMALL = [
+    *("train.steps=4", "train.batch_size=16", "train.log_every=1", "train.checkpoint_every=2", "train.sample_every=2"),
+    *("model.width=4", "compute.device=cpu", "evaluate.protocols=[knn]", "evaluate.labels=100"),
+]
+
+
+@dataclass
+class Stack:
+    """What `infra/local.py` runs in one home, and the environment that a user of it has."""
+
+    home: Path
+    environment: dict[str, str]
+
+    def local(self, command: str) -> "subprocess.CompletedProcess[str]":
+        return self.call(sys.executable, str(ROOT / "infra" / "local.py"), command)
+
+    def call(self, *command: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(command, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=500)
+
+    def prefect(self, *words: str) -> "subprocess.CompletedProcess[str]":
+        """The CLI as after `. var/env`."""
+        script = '. "$DCGAN_HOME/env" && exec prefect --no-prompt "$@"'
+        return self.call("sh", "-c", script, "sh", *words)
+
+    def post(self, path: str, content: dict[str, Any]) -> Any:
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.environment['PREFECT_PORT']}/api/{path}",
+            json.dumps(content).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=30) as response:
+            return json.load(response)
+
+    def flow_runs(self) -> list[dict[str, Any]]:
+        """Newest first."""
+        return self.post("flow_runs/filter", {"sort": "START_TIME_DESC"})
+
+    def processes(self) -> list[str]:
+        """The command lines of all processes started with this stack's home."""
+        marker = f"DCGAN_HOME={self.home}".encode()
+        found = []
+        for directory in Path("/proc").glob("[0-9]*"):
+            try:
+                if marker in (directory / "environ").read_bytes().split(b"\0"):
+                    found.append((directory / "cmdline").read_text().replace("\0", " "))
+            except (FileNotFoundError, ProcessLookupError, PermissionError):
+                continue
+        return [command for command in found if command]
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def until(condition: Callable[[], object], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.3)
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    home = tmp_path_factory.mktemp("home")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_", "RAY_"))}
+    stack = Stack(home, {**kept, "DCGAN_HOME": str(home), "PREFECT_PORT": free_port(), "MLFLOW_PORT": free_port()})
+    try:
+        done = stack.local("up")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "prefect deployment run train-eval/digits --watch" in done.stdout
+        yield stack
+    finally:
+        stack.local("down")
+
+
+def test_deployments_are_in_place_with_a_choice_of_presets(stack: Stack) -> None:
+    deployed = {found["name"]: found for found in stack.post("deployments/filter", {})}
+
+    assert set(deployed) == set(config.PRESETS)
+    for deployment in deployed.values():
+        assert deployment["parameter_openapi_schema"]["properties"]["preset"]["enum"] == list(config.PRESETS)
+        assert deployment["global_concurrency_limit"]["limit"] == 1
+        assert deployment["concurrency_options"]["collision_strategy"] == "ENQUEUE"
+    (automation,) = stack.post("automations/filter", {})
+    assert automation["enabled"]
+
+
+def test_deployment_runs_to_the_end_and_is_in_mlflow(stack: Stack) -> None:
+    done = stack.prefect("deployment", "run", "train-eval/digits", "-p", f"overrides={json.dumps(SMALL)}", "--watch")
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    (run,) = map(Run.open, (stack.home / "runs").iterdir())
+    assert set(run.scores()) == {"knn"}
+    ledger = Ledger.load(run.path / "mlflow.json")
+    assert ledger.status == "FINISHED"
+    address = f"http://127.0.0.1:{stack.environment['MLFLOW_PORT']}/api/2.0/mlflow/runs/get?run_id={ledger.run_id}"
+    with urllib.request.urlopen(address, timeout=30) as response:
+        recorded = json.load(response)["run"]
+    assert recorded["info"]["status"] == "FINISHED"
+    assert {tag["key"]: tag["value"] for tag in recorded["data"]["tags"]}["prefect_flow_run"] == stack.flow_runs()[0][
+        "id"
+    ]
+    (artifact,) = stack.post("artifacts/filter", {"artifacts": {"key": {"like_": "train-eval-%"}}})
+    assert f"/runs/{ledger.run_id}" in artifact["data"]
+
+
+def test_parameter_that_is_no_preset_is_refused_at_submission(stack: Stack) -> None:
+    before = len(stack.flow_runs())
+
+    done = stack.prefect("deployment", "run", "train-eval/digits", "-p", 'preset="lsun"')
+
+    assert done.returncode != 0
+    assert "preset" in done.stdout + done.stderr
+    assert len(stack.flow_runs()) == before
+
+
+def test_folder_without_a_directory_fails_at_once_and_says_so(stack: Stack) -> None:
+    done = stack.prefect("deployment", "run", "train-eval/folder", "--watch")
+
+    assert done.returncode != 0
+    assert "data.source=DIRECTORY" in stack.flow_runs()[0]["state"]["message"]
+
+
+def test_cancelled_flow_stops_its_ray_workers_and_its_mlflow_run(stack: Stack) -> None:
+    runs = stack.home / "runs"
+    before = set(runs.iterdir())
+    words = [*SMALL, "train.steps=1000000"]
+    stack.prefect("deployment", "run", "train-eval/digits", "-p", f"overrides={json.dumps(words)}")
+    until(lambda: [run for run in set(runs.iterdir()) - before if (run / "metrics.jsonl").exists()], 300)
+    (run,) = set(runs.iterdir()) - before
+
+    stack.prefect("flow-run", "cancel", stack.flow_runs()[0]["id"])
+
+    until(lambda: stack.flow_runs()[0]["state"]["type"] == "CANCELLED", 90)
+    until(lambda: Ledger.load(run / "mlflow.json").status == "KILLED", 60)
+    until(lambda: not any("ray::" in command or "raylet" in command for command in stack.processes()), 60)
+
+
+def test_up_again_starts_nothing_twice_and_down_leaves_nothing(stack: Stack) -> None:
+    pids = {path.name: path.read_text() for path in (stack.home / "services").glob("*.pid")}
+    assert len(pids) == 3
+
+    assert stack.local("up").returncode == 0
+    assert {path.name: path.read_text() for path in (stack.home / "services").glob("*.pid")} == pids
+
+    assert stack.local("down").returncode == 0
+    assert stack.processes() == []
+    assert list((stack.home / "services").glob("*.pid")) == []
+
+
+def test_port_that_is_taken_is_named(stack: Stack, tmp_path: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        taken = Stack(tmp_path, {**stack.environment, "DCGAN_HOME": str(tmp_path), "PREFECT_PORT": port})
+        done = taken.local("up")
+    assert done.returncode == 1
+    assert done.stderr == f"error: port {port} is in use by another program: set PREFECT_PORT to a free one\n"

@@ -1,0 +1,88 @@
+"""k nearest neighbours against scikit-learn's, and its votes by hand."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.neighbors import KNeighborsClassifier
+
+from dcgan.config import Evaluate
+from dcgan.evaluate import knn
+from dcgan.evaluate.samples import Samples
+
+
+def blobs(spread=0.5, n=150, seed=0):
+    rng = np.random.default_rng(seed)
+    labels = np.arange(n) % 3
+    x = (np.eye(3, 6)[labels] + spread * rng.standard_normal((n, 6))).astype(np.float32)
+    cut = n * 2 // 3
+    return x[:cut], labels[:cut], x[cut:], labels[cut:]
+
+
+@pytest.mark.parametrize("shift", [0, 1000])
+def test_accuracy_equals_scikit_learn(monkeypatch, shift):
+    """Also far from the origin, where uncentred products in float32 would lose the differences."""
+    monkeypatch.setattr(knn, "QUERIES", 16)
+    train_x, train_y, test_x, test_y = blobs()
+    train_x, test_x = train_x + np.float32(shift), test_x + np.float32(shift)
+    found = knn.score(train_x, train_y, test_x, test_y, Evaluate(neighbours=(1,)))
+    reference = KNeighborsClassifier(1, algorithm="brute").fit(train_x.astype(float), train_y)
+    assert found == {"knn/accuracy": pytest.approx(reference.score(test_x, test_y)), "knn/neighbours": 1}
+
+
+def test_nearest_are_exact_and_in_order():
+    train_x, _, test_x, _ = blobs()
+    known = Samples.centred(train_x)
+    (_, queries), *_ = known.like(test_x).blocks(100)
+    expected = np.argsort(np.linalg.norm(test_x[:, None].astype(float) - train_x[None], axis=2), axis=1)[:, :7]
+    np.testing.assert_array_equal(knn._nearest(known, queries, 7), expected)
+
+
+@pytest.mark.parametrize(
+    ("nearest", "winner"), [([2, 1, 1], 1), ([2, 1, 0], 2), ([0, 2, 2, 0], 0), ([1, 0, 0, 1, 2], 1), ([1, 0, 2, 0], 0)]
+)
+def test_a_tie_goes_to_the_class_of_the_nearest_voter(nearest, winner):
+    assert knn._vote(torch.tensor([nearest]), 3) == [winner]
+
+
+def test_easy_classes_score_one_and_random_labels_score_chance():
+    train_x, train_y, test_x, test_y = blobs(0.01)
+    assert knn.score(train_x, train_y + 4, test_x, test_y + 4, Evaluate())["knn/accuracy"] == 1
+    mixed = np.random.default_rng(0).permutation(test_y)
+    assert knn.score(train_x, train_y, test_x, mixed, Evaluate())["knn/accuracy"] < 0.6
+
+
+def test_the_number_of_neighbours_is_chosen_on_train_alone():
+    """Noisy classes want many neighbours, clean ones are content with one, whatever test says."""
+    train_x, train_y, test_x, test_y = blobs(1.0, n=900)
+    noisy = knn.score(train_x, train_y, test_x, test_y, Evaluate())["knn/neighbours"]
+    shuffled = np.random.default_rng(1).permutation(test_y)
+    assert noisy == knn.score(train_x, train_y, -test_x, shuffled, Evaluate())["knn/neighbours"] > 1
+    clean = blobs(0.01)
+    assert knn.score(*clean, Evaluate(neighbours=(15, 5, 1)))["knn/neighbours"] == 1
+
+
+def test_the_seed_decides_the_labels_used():
+    arrays = blobs(1.0, n=300)
+    settings = [Evaluate(labels=60, seed=seed) for seed in (0, 0, 1, 2, 3)]
+    runs = [knn.score(*arrays, one) for one in settings]
+    assert runs[0] == runs[1]
+    assert any(run != runs[0] for run in runs)
+
+
+def test_constant_features_and_a_handful_of_samples():
+    _, train_y, _, test_y = blobs()
+    constant = np.ones((100, 2), np.float32), train_y, np.ones((50, 2), np.float32), test_y
+    assert knn.score(*constant, Evaluate())["knn/accuracy"] < 0.4
+    few = blobs(0.01, n=9)
+    assert knn.score(*few, Evaluate(neighbours=(1, 3)))["knn/accuracy"] == 1
+
+
+def test_refusals():
+    train_x, train_y, test_x, test_y = blobs()
+    with pytest.raises(ValueError, match=r"evaluate.neighbours=15, but train has only 9 labelled images"):
+        knn.score(train_x, train_y, test_x, test_y, Evaluate(labels=12))
+    with pytest.raises(ValueError, match="train has no image of class 0, which test has"):
+        knn.score(train_x[train_y > 0], train_y[train_y > 0], test_x, test_y, Evaluate())
+    train_x[1, 0] = np.nan
+    with pytest.raises(ValueError, match="train features hold nan: image 1, feature 0"):
+        knn.score(train_x, train_y, test_x, test_y, Evaluate())

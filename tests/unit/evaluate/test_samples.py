@@ -1,0 +1,128 @@
+"""Standardisation, stratified choices and refusals, against independent computations."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.preprocessing import StandardScaler
+
+from dcgan.evaluate.samples import Samples, check, check_classes, draw, hold_out, labelled
+
+LABELS = st.lists(st.integers(0, 4), min_size=10, max_size=80).map(np.array)
+
+
+def all_rows(samples, size=7):
+    return np.concatenate([block.numpy() for _, block in samples.blocks(size)])
+
+
+def test_standardised_equals_scikit_learn_and_leaves_its_input_alone():
+    x = (np.random.default_rng(0).normal(5, [1, 10, 1e-3], (600, 3))).astype(np.float32)
+    before = x.copy()
+    np.testing.assert_allclose(all_rows(Samples.standardised(x)), StandardScaler().fit_transform(x), atol=2e-4)
+    assert (x == before).all()
+
+
+@pytest.mark.parametrize("constant", [0.1, -1e4, 0.0, 3e30])
+def test_a_constant_feature_gets_scale_one(constant):
+    x = np.full((1001, 2), constant, np.float32)
+    x[:, 1] = np.arange(1001)
+    samples = Samples.standardised(x)
+    assert samples.scale[0] == 1
+    assert (all_rows(samples)[:, 0] == 0).all()
+    assert all_rows(samples.like(x[:1] + np.float32([1, 0])))[0, 0] == pytest.approx(x[0, 0] + np.float32(1) - x[0, 0])
+
+
+def test_take_composes_and_keeps_the_scale_of_all():
+    x = np.arange(20, dtype=np.float32).reshape(10, 2)
+    samples = Samples.standardised(x)
+    taken = samples.take(np.array([8, 2, 5])).take(np.array([2, 0]))
+    np.testing.assert_array_equal(all_rows(taken), all_rows(samples)[[5, 8]])
+
+
+@given(LABELS, st.integers(0, 5))
+def test_hold_out_takes_a_fifth_of_each_class(labels, seed):
+    fit, held = hold_out(labels, seed)
+    np.testing.assert_array_equal(np.sort(np.concatenate([fit, held])), np.arange(len(labels)))
+    for label, size in zip(*np.unique(labels, return_counts=True), strict=True):
+        expected = 0 if size == 1 else max(1, size // 5)
+        assert (labels[held] == label).sum() == expected
+        assert (labels[fit] == label).any()
+
+
+@given(LABELS, st.data())
+def test_labelled_keeps_the_shares_of_the_classes(labels, data):
+    count = data.draw(st.integers(1, len(labels)))
+    classes, sizes = np.unique(labels, return_counts=True)
+    try:
+        rows = labelled(labels, count, 0)
+    except ValueError as error:
+        assert "leaves none of class" in str(error)  # noqa: PT017
+        assert (sizes * count < len(labels)).any()
+        return
+    assert len(np.unique(rows)) == count
+    for label, size in zip(classes, sizes, strict=True):
+        assert abs((labels[rows] == label).sum() - size * count / len(labels)) < 1
+
+
+def test_choices_are_functions_of_the_seed():
+    labels = np.repeat(np.arange(5), 40)
+    for choose in (
+        lambda s: labelled(labels, 50, s),
+        lambda s: hold_out(labels, s)[1],
+        lambda s: draw(labels, 9, (s, 1)),
+    ):
+        np.testing.assert_array_equal(choose(3), choose(3))
+        assert (choose(3) != choose(4)).any()
+    assert (draw(labels, 9, (3, 1)) != draw(labels, 9, (3, 2))).any()
+    np.testing.assert_array_equal(labelled(labels, 0, 0), np.arange(200))
+
+
+def test_draw_takes_the_same_number_of_each_class():
+    labels = np.array([0] * 30 + [7] * 12 + [2] * 9)
+    rows = draw(labels, 9, (0, 0))
+    assert [(labels[rows] == label).sum() for label in (0, 7, 2)] == [9, 9, 9]
+
+
+def test_refusals_of_choices_name_the_numbers():
+    with pytest.raises(ValueError, match=r"labels_per_class=10, but class 3 has 9 labels"):
+        draw(np.array([0] * 20 + [3] * 9), 10, (0, 0))
+    with pytest.raises(ValueError, match=r"evaluate.labels=11, but train has 10 labels"):
+        labelled(np.arange(10), 11, 0)
+    with pytest.raises(ValueError, match=r"evaluate.labels=2 leaves none of class 5"):
+        labelled(np.array([0, 1] * 50 + [5]), 2, 0)
+    with pytest.raises(ValueError, match=r"4 labels, one a class"):
+        hold_out(np.arange(4), 0)
+
+
+def good():
+    x, y = np.random.default_rng(0).random((12, 3), np.float32), np.arange(12) % 3
+    return x, y, x[:6].copy(), y[:6]
+
+
+def test_check_passes_good_input():
+    check(*good())
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(("split", "where"), [("train", 0), ("test", 2)])
+def test_features_that_are_not_finite_are_named(split, where, value):
+    arrays = good()
+    arrays[where][5, 1] = value
+    with pytest.raises(ValueError, match=rf"{split} features hold {value}: image 5, feature 1"):
+        check(*arrays)
+
+
+def test_check_names_what_is_wrong():
+    x, y, test_x, test_y = good()
+    with pytest.raises(ValueError, match=r"test has 2 images without a label"):
+        check(x, y, test_x, np.array([0, 1, -1, -1, 0, 1]))
+    with pytest.raises(ValueError, match=r"train has one class only, 2"):
+        check(x, np.full(12, 2), test_x, test_y)
+    with pytest.raises(ValueError, match=r"train has 3 features an image and test 2"):
+        check(x, y, test_x[:, :2], test_y)
+    with pytest.raises(ValueError, match=r"train has features \(12, 3\) and labels \(11,\)"):
+        check(x, y[:11], test_x, test_y)
+    with pytest.raises(ValueError, match=r"test has features \(0, 3\)"):
+        check(x, y, test_x[:0], test_y[:0])
+    with pytest.raises(ValueError, match=r"no image of class 4, 9, which test has"):
+        check_classes(y, np.array([0, 9, 4]))

@@ -1,0 +1,203 @@
+"""The L2-SVM against scikit-learn's LinearSVC, and both of its protocols."""
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+from sklearn.preprocessing import StandardScaler
+from sklearn.svm import LinearSVC
+
+from dcgan.config import Evaluate
+from dcgan.evaluate.samples import Samples
+from dcgan.evaluate.svm import L2SVM, score, score_few_labels
+
+
+def digits(scaled=True):
+    x, y = load_digits(return_X_y=True)
+    return (StandardScaler().fit_transform(x) if scaled else x).astype(np.float32), y
+
+
+def ill_conditioned():
+    rng = np.random.default_rng(0)
+    basis, _ = np.linalg.qr(rng.standard_normal((300, 300)))
+    x = rng.standard_normal((600, 300)) * np.logspace(1, -3, 300) @ basis
+    return x.astype(np.float32), rng.integers(0, 4, 600)
+
+
+def more_features_than_samples():
+    rng = np.random.default_rng(1)
+    return rng.standard_normal((80, 500)).astype(np.float32), rng.integers(0, 2, 80)
+
+
+def objective(weights, biases, x, y, c):
+    """By its definition, in float64, for each class."""
+    found = []
+    for label, w, b in zip(np.unique(y), weights.astype(float), biases.astype(float), strict=True):
+        slack = np.maximum(0, 1 - np.where(y == label, 1, -1) * (x.astype(float) @ w + b))
+        found.append(0.5 * (w @ w + b * b) + c * (slack**2).sum())
+    return np.array(found)
+
+
+@pytest.mark.parametrize(
+    ("data", "c"),
+    [
+        (digits(), 1e-5),
+        (digits(), 1e-2),
+        (digits(), 1.0),
+        (digits(scaled=False), 1.0),
+        (ill_conditioned(), 1e-2),
+        (ill_conditioned(), 1.0),
+        (more_features_than_samples(), 1e-3),
+        (more_features_than_samples(), 10.0),
+    ],
+)
+def test_reaches_the_objective_of_linear_svc(data, c):
+    x, y = data
+    ours = L2SVM(C=c).fit(x, y)
+    theirs = LinearSVC(C=c, dual=False, tol=1e-6, max_iter=2000).fit(x.astype(float), y)
+    weights, biases = theirs.coef_, theirs.intercept_
+    if len(weights) == 1:
+        weights, biases = np.concatenate([-weights, weights]), np.concatenate([-biases, biases])
+    reached, reference = objective(ours.coef_, ours.intercept_, x, y, c), objective(weights, biases, x, y, c)
+    assert (reached < reference * (1 + 1e-3)).all()
+    np.testing.assert_allclose(ours.objective_, reached, rtol=1e-4)
+    # Both are near one minimum of a strongly convex function, so they say the same but for a few on the border.
+    assert (ours.predict(x) == theirs.predict(x)).mean() > 0.99
+
+
+def test_the_sketch_of_some_rows_only_changes_nothing_but_speed(monkeypatch):
+    x, y = digits()
+    full = L2SVM(C=1e-2, tol=1e-6).fit(x, y)
+    monkeypatch.setattr("dcgan.evaluate.newton.SKETCH_ROWS", 50)
+    np.testing.assert_allclose(L2SVM(C=1e-2, tol=1e-6).fit(x, y).objective_, full.objective_, rtol=1e-5)
+
+
+def test_samples_are_fitted_and_scored_like_the_array_they_stand_for():
+    x, y = digits(scaled=False)
+    samples = Samples.standardised(x)
+    scaled = StandardScaler().fit_transform(x).astype(np.float32)
+    model, plain = L2SVM(C=1e-2).fit(samples, y), L2SVM(C=1e-2).fit(scaled, y)
+    np.testing.assert_allclose(model.decision_function(samples), plain.decision_function(scaled), atol=2e-3)
+
+
+def test_a_warm_start_at_the_minimum_stays_there():
+    x, y = digits()
+    model = L2SVM(C=1e-3).fit(x, y)
+    np.testing.assert_array_equal(L2SVM(C=1e-3).fit(x, y, start=model).coef_, model.coef_)
+    assert (L2SVM(C=1e-3, tol=1e-6).fit(x, y, start=model).coef_ != model.coef_).any()
+
+
+def test_shapes_and_labels_of_what_is_learned():
+    x, y = digits()
+    model = L2SVM(C=1e-3).fit(x, y * 10)
+    assert (model.coef_.shape, model.intercept_.shape, model.objective_.shape) == ((10, 64), (10,), (10,))
+    assert model.decision_function(x[:3]).shape == (3, 10)
+    assert set(model.predict(x)) == set(range(0, 100, 10))
+
+
+def test_refuses_one_class_and_a_tolerance_that_float32_can_not_reach():
+    x, y = digits()
+    with pytest.raises(ValueError, match="one class only, 3"):
+        L2SVM().fit(x, np.full(len(x), 3))
+    with pytest.raises(RuntimeError, match=r"L2-SVM \d with C=1 is within .* of its minimum, not 1e-30"):
+        L2SVM(C=1, tol=1e-30).fit(x[:100, :5], y[:100])
+
+
+def split(classes=5, n=60, spread=1.0, seed=0):
+    """Gaussian classes in 8 dimensions of very different scale: train and test."""
+    rng = np.random.default_rng(seed)
+    centres = rng.standard_normal((classes, 8))
+    y = np.arange(n * classes) % classes
+    x = (centres[y] + spread * rng.standard_normal((len(y), 8))) * np.logspace(-3, 3, 8)
+    cut = len(y) * 2 // 3
+    return x[:cut].astype(np.float32), y[:cut], x[cut:].astype(np.float32), y[cut:]
+
+
+SETTINGS = Evaluate(labels_per_class=10, draws=3, c_grid=(1e-3, 1e-1, 1.0))
+
+
+def test_score_is_the_test_accuracy_of_the_chosen_c_fitted_to_all_of_train():
+    train_x, train_y, test_x, test_y = split()
+    found = score(train_x, train_y, test_x, test_y, SETTINGS)
+    scaler = StandardScaler().fit(train_x)
+    reference = LinearSVC(C=found["svm/c"], dual=False, tol=1e-6).fit(scaler.transform(train_x), train_y)
+    assert found["svm/accuracy"] == pytest.approx(reference.score(scaler.transform(test_x), test_y), abs=0.02)
+
+
+@pytest.mark.parametrize("protocol", [score, score_few_labels])
+def test_easy_classes_score_one_and_random_labels_score_chance(protocol):
+    train_x, train_y, test_x, test_y = split(spread=0.05)
+    name = "svm/accuracy" if protocol is score else "svm_few_labels/accuracy"
+    assert protocol(train_x, train_y, test_x, test_y, SETTINGS)[name] == 1
+    mixed = np.random.default_rng(0).permutation(test_y)
+    assert protocol(train_x, train_y, test_x, mixed, SETTINGS)[name] < 0.4
+
+
+@pytest.mark.parametrize(("protocol", "chosen"), [(score, "svm/c"), (score_few_labels, "svm_few_labels/c")])
+def test_test_labels_and_images_decide_no_choice(protocol, chosen):
+    for seed in range(3):
+        train_x, train_y, test_x, test_y = split(seed=seed)
+        expected = protocol(train_x, train_y, test_x, test_y, SETTINGS)
+        shuffled = np.random.default_rng(9).permutation(test_y)
+        assert protocol(train_x, train_y, test_x[::-1] * 3, shuffled, SETTINGS)[chosen] == expected[chosen]
+
+
+@pytest.mark.parametrize("protocol", [score, score_few_labels])
+def test_the_seed_decides_the_score(protocol):
+    arrays = split(spread=2.0)
+    settings = Evaluate(**{**SETTINGS.model_dump(), "labels": 60})
+    assert protocol(*arrays, settings) == protocol(*arrays, settings)
+    others = [Evaluate(**{**settings.model_dump(), "seed": seed}) for seed in (1, 2, 3)]
+    assert any(protocol(*arrays, other) != protocol(*arrays, settings) for other in others)
+
+
+def test_equal_validation_accuracies_choose_the_smaller_c():
+    arrays = split(spread=0.01)
+    assert score(*arrays, Evaluate(c_grid=(1.0, 0.1)))["svm/c"] == 0.1
+    settings = Evaluate(c_grid=(1.0, 0.1), draws=2, labels_per_class=10)
+    assert score_few_labels(*arrays, settings)["svm_few_labels/c"] == 0.1
+
+
+def test_few_labels_mean_and_deviation_are_those_of_its_draws(monkeypatch):
+    from dcgan.evaluate import svm
+
+    seen = []
+    real = svm._accuracies
+    monkeypatch.setattr(svm, "_accuracies", lambda *arguments: seen.append(real(*arguments)) or seen[-1])
+    arrays = split(spread=2.0)
+    found = score_few_labels(*arrays, SETTINGS)
+    *validation, test = seen
+    assert found["svm_few_labels/c"] == sorted(SETTINGS.c_grid)[int(np.argmax([np.mean(v) for v in validation]))]
+    assert len(test) == SETTINGS.draws
+    assert found["svm_few_labels/accuracy"] == pytest.approx(sum(test) / 3)
+    variance = sum((value - sum(test) / 3) ** 2 for value in test) / 2
+    assert found["svm_few_labels/accuracy_std"] == pytest.approx(variance**0.5)
+
+
+@pytest.mark.parametrize("protocol", [score, score_few_labels])
+def test_features_that_are_all_constant_score_one_class(protocol):
+    _, train_y, _, test_y = split()
+    train_x, test_x = np.full((len(train_y), 4), 0.3, np.float32), np.full((len(test_y), 4), 0.3, np.float32)
+    found = protocol(train_x, train_y, test_x, test_y, SETTINGS)
+    assert found[f"{'svm' if protocol is score else 'svm_few_labels'}/accuracy"] == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("protocol", [score, score_few_labels])
+def test_refusals(protocol):
+    train_x, train_y, test_x, test_y = split()
+    with pytest.raises(ValueError, match="train has no image of class 2, which test has"):
+        protocol(train_x[train_y != 2], train_y[train_y != 2], test_x, test_y, SETTINGS)
+    with pytest.raises(ValueError, match="one class only"):
+        protocol(train_x, train_y * 0, test_x, test_y, SETTINGS)
+    test_x[0, 0] = np.nan
+    with pytest.raises(ValueError, match="test features hold nan: image 0, feature 0"):
+        protocol(train_x, train_y, test_x, test_y, SETTINGS)
+
+
+def test_more_labels_a_class_than_there_are_is_refused():
+    with pytest.raises(ValueError, match=r"labels_per_class=100, but class \d has 32 labels"):
+        score_few_labels(*split(), Evaluate())
+
+
+def test_a_handful_of_samples():
+    train_x, train_y, test_x, test_y = split(classes=2, n=3, spread=0.01)
+    assert score(train_x, train_y, test_x, test_y, Evaluate())["svm/accuracy"] == 1

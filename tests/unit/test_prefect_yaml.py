@@ -1,0 +1,97 @@
+"""prefect.yaml against the flow that it deploys; Prefect itself drops a misspelt key without a word."""
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prefect import Flow
+from prefect.cli.deploy._models import ConcurrencyLimitSpec, DeploymentConfig, PrefectYamlModel, WorkPoolConfig
+from prefect.exceptions import ParameterTypeError
+from pydantic import BaseModel
+
+from dcgan import config
+
+ROOT = Path(__file__).parents[2]
+DEFINED = yaml.safe_load((ROOT / "prefect.yaml").read_text())
+DEPLOYMENTS = {deployment["name"]: deployment for deployment in DEFINED["deployments"]}
+OURS = {"definitions"}  # YAML anchors; Prefect ignores the key
+
+
+def flow_of(deployment: dict[str, Any]) -> Flow[..., Any]:
+    file, _, name = deployment["entrypoint"].partition(":")
+    assert (ROOT / file).is_file()
+    return getattr(importlib.import_module(file.removesuffix(".py").replace("/", ".")), name)
+
+
+def unknown(given: dict[str, Any], model: type[BaseModel]) -> set[str]:
+    return set(given) - {field.alias or name for name, field in model.model_fields.items()}
+
+
+def test_every_key_is_one_that_prefect_reads() -> None:
+    assert unknown(DEFINED, PrefectYamlModel) == OURS
+    for deployment in DEPLOYMENTS.values():
+        assert unknown(deployment, DeploymentConfig) == set()
+        assert unknown(deployment["work_pool"], WorkPoolConfig) == set()
+        assert unknown(deployment["concurrency_limit"], ConcurrencyLimitSpec) == set()
+    PrefectYamlModel.model_validate(DEFINED)
+
+
+def test_misspelt_key_would_be_found() -> None:
+    assert unknown({"paramters": {}, "name": "digits"}, DeploymentConfig) == {"paramters"}
+
+
+def test_a_deployment_a_preset_each_named_after_it() -> None:
+    assert list(DEPLOYMENTS) == list(config.PRESETS)
+    assert {name: deployment["parameters"]["preset"] for name, deployment in DEPLOYMENTS.items()} == {
+        name: name for name in config.PRESETS
+    }
+
+
+@pytest.mark.parametrize("name", DEPLOYMENTS)
+def test_flow_accepts_the_parameters_and_the_experiment_is_valid(name: str) -> None:
+    deployment = DEPLOYMENTS[name]
+    flow = flow_of(deployment)
+    assert flow.name == "train-eval"
+
+    given = flow.validate_parameters(deployment["parameters"])
+
+    assert set(deployment["parameters"]) == set(flow.parameters.properties)
+    needed = ["data.source=pictures"] if name == "folder" else []
+    assert config.build(given["preset"], [*given["overrides"], *needed]).data.name == name
+
+
+def test_folder_says_what_it_needs() -> None:
+    parameters = DEPLOYMENTS["folder"]["parameters"]
+    with pytest.raises(ValueError, match=r"data\.source=DIRECTORY"):
+        config.build(parameters["preset"], parameters["overrides"])
+    assert "data.source=DIRECTORY" in DEPLOYMENTS["folder"]["description"]
+
+
+def test_form_offers_the_presets_as_a_choice_and_explains_both_parameters() -> None:
+    fields = flow_of(DEPLOYMENTS["digits"]).parameters.properties
+    assert fields["preset"]["enum"] == list(config.PRESETS)
+    assert fields["overrides"] | {"type": "array", "items": {"type": "string"}, "default": []} == fields["overrides"]
+    assert all(field["description"] for field in fields.values())
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"preset": "lsun"}, {"preset": "digits", "overrides": "train.steps=1"}, {"steps": 1}]
+)
+def test_flow_refuses_wrong_parameters(wrong: dict[str, Any]) -> None:
+    flow = flow_of(DEPLOYMENTS["digits"])
+    with pytest.raises((ParameterTypeError, TypeError)):
+        flow.validate_parameters(wrong)
+
+
+def test_at_most_one_run_at_a_time_others_wait() -> None:
+    for deployment in DEPLOYMENTS.values():
+        assert deployment["concurrency_limit"] == {"limit": 1, "collision_strategy": "ENQUEUE"}
+
+
+def test_heartbeat_is_frequent_enough_for_the_automation() -> None:
+    automation = yaml.safe_load((ROOT / "infra" / "zombies.json").read_text())
+    for deployment in DEPLOYMENTS.values():
+        seconds = int(deployment["work_pool"]["job_variables"]["env"]["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"])
+        assert automation["trigger"]["within"] >= 3 * seconds

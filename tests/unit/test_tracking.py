@@ -1,0 +1,151 @@
+"""What is sent to MLflow, and the ledger, without MLflow."""
+
+import json
+import logging
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import fabricated
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dcgan import config, summary, tracking
+from dcgan.run import Run
+
+
+@pytest.fixture
+def run(home: Path) -> Run:
+    return fabricated.new_run(home)
+
+
+def test_the_record_is_a_file_in_the_home_unless_the_environment_names_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert tracking.uri(tmp_path) == f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://mlflow.example")
+    assert tracking.uri(tmp_path) == "https://mlflow.example"
+
+
+def test_the_link_to_a_run_shows_no_password(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = tracking.Ledger(run.path / "mlflow.json", run_id="abc", experiment_id="3")
+    ledger.save()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:secret@mlflow.example:5000/")
+    assert tracking.url(run) == ("https://mlflow.example:5000/#/experiments/3/runs/abc?workflowType=machine_learning")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///elsewhere.db")
+    assert tracking.url(run) is None
+
+
+def test_a_ledger_comes_back_as_it_was_saved(tmp_path: Path) -> None:
+    ledger = tracking.Ledger.load(tmp_path / "mlflow.json")
+    ledger.images, ledger.tags = 640, {"a": "b"}
+    ledger.begin("metrics")
+    ledger.begin("data")
+    ledger.end("data", "v1")
+    assert tracking.Ledger.load(tmp_path / "mlflow.json") == ledger
+    assert (ledger.pending, ledger.sent) == (["metrics"], {"data": "v1"})
+    ledger.forget()
+    assert (ledger.run_id, ledger.images, ledger.sent, ledger.pending, ledger.tags) == ("", -1, {}, [], {"a": "b"})
+
+
+def test_a_delivery_waits_for_another_and_then_says_so(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "LOCK_SECONDS", 0.1)
+    with tracking.lock(run.path / ".mlflow.lock"):
+        with pytest.raises(tracking.TrackingError, match="being delivered to MLflow by another process"):
+            tracking.sync(run)
+        assert not (run.path / "mlflow.json").exists()
+
+
+def test_training_goes_on_beside_a_server_that_never_was(
+    run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # the discard port: nothing listens
+    monkeypatch.setattr(tracking, "EVERY", 0.05)
+    with tracking.follow(run):
+        fabricated.play(run, 0, 50)
+        time.sleep(0.5)
+    warnings = [entry for entry in caplog.records if entry.levelno >= logging.WARNING]
+    assert [entry.getMessage().split(";")[0] for entry in warnings] == [
+        "MLflow at http://127.0.0.1:9 can't be reached: [Errno 111] Connection refused"
+    ]
+    with pytest.raises(tracking.TrackingError, match="can't be reached"):
+        tracking.sync(run)
+
+
+def test_an_exception_in_training_passes_through_follow(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    with pytest.raises(ZeroDivisionError), tracking.follow(run):
+        raise ZeroDivisionError
+
+
+def test_importing_tracking_brings_neither_mlflow_nor_its_settings() -> None:
+    code = "import os, sys, dcgan.tracking; print('mlflow' in sys.modules, 'MLFLOW_HTTP_REQUEST_TIMEOUT' in os.environ)"
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=clean)
+    assert done.stdout.split() == ["False", "False"]
+
+
+def test_scores_have_the_same_names_in_every_run() -> None:
+    scores = {
+        "discriminator": {"svm/accuracy": 0.7, "svm/c": 0.1},
+        "random_init": {"svm/accuracy": 0.8, "svm/c": 0.2},
+        "raw_pixels": {"svm/accuracy": 0.5},
+    }
+    assert summary.flat(scores) == {
+        "svm/accuracy": 0.7,
+        "svm/c": 0.1,
+        "random_init/svm/accuracy": 0.8,
+        "raw_pixels/svm/accuracy": 0.5,
+        "svm/gain_over_random_init": pytest.approx(-0.1),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "more_is_better"),
+    [
+        ("svm/accuracy", True),
+        ("clustering/nmi_geometric", True),
+        ("clustering/ari", True),
+        ("svm_few_labels/accuracy_std", False),
+        ("svm/c", False),
+        ("knn/neighbours", False),
+    ],
+)
+def test_scores_are_told_from_hyperparameters(name: str, more_is_better: bool) -> None:
+    assert summary.is_score(name) is more_is_better
+
+
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "train.seed": st.integers(0, 2**32 - 1),
+            "train.learning_rate": st.floats(1e-6, 1),
+            "evaluate.c_grid": st.lists(st.floats(1e-9, 10), min_size=1, max_size=3, unique=True),
+            "model.conditional": st.booleans(),
+        },
+    )
+)
+def test_the_command_of_a_run_makes_the_same_experiment(settings: dict[str, object]) -> None:
+    wanted = config.build("digits", [f"{key}={json.dumps(value)}" for key, value in settings.items()])
+    words = shlex.split(summary.command(Run(Path("/home/runs/digits-0"), wanted, "f")))
+    assert words[:3] == ["dcgan", "run", "digits"]
+    assert config.build(words[2], words[3:]) == wanted
+
+
+def test_a_folder_is_repeated_with_its_source(tmp_path: Path) -> None:
+    wanted = config.build("folder", [f"data.source={tmp_path / 'my pictures'}", "train.seed=3"])
+    words = shlex.split(summary.command(Run(Path("/home/runs/folder-0"), wanted, "f")))
+    assert config.build(words[2], words[3:]) == wanted
+
+
+def test_an_environment_names_versions_and_commit() -> None:
+    environment = summary.environment()
+    assert environment["packages"]["torch"]
+    assert environment["python"] == ".".join(map(str, sys.version_info[:3]))
+    json.dumps(environment)
