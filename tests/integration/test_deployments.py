@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 SMALL = [
-    *("train.steps=4", "train.batch_size=16", "train.log_every=1", "train.checkpoint_every=2", "train.sample_every=2"),
+    *("train.steps=4", "train.batch_size=16", "train.log_every=1", "train.checkpoint_every=4", "train.sample_every=4"),
     *("model.width=4", "compute.device=cpu", "evaluate.protocols=[knn]", "evaluate.labels=100"),
 ]
 

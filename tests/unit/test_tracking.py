@@ -68,7 +68,10 @@ def test_training_goes_on_beside_a_server_that_never_was(
     monkeypatch.setattr(tracking, "EVERY", 0.05)
     with tracking.follow(run):
         fabricated.play(run, 0, 50)
-        time.sleep(0.5)
+        deadline = time.monotonic() + 120
+        while not caplog.records and time.monotonic() < deadline:
+            time.sleep(0.1)
+        time.sleep(0.5)  # for more of them
     warnings = [entry for entry in caplog.records if entry.levelno >= logging.WARNING]
     assert [entry.getMessage().split(";")[0] for entry in warnings] == [
         "MLflow at http://127.0.0.1:9 can't be reached: [Errno 111] Connection refused"
