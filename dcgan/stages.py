@@ -4,6 +4,7 @@ The command line, the Prefect tasks and a notebook call these. Each reads and wr
 image store, does nothing where its result is already there, and can be run again after any interruption.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,8 @@ import numpy as np
 from dcgan import storage
 from dcgan.config import Experiment, Protocol
 from dcgan.run import Run, read_lines
+
+log = logging.getLogger(__name__)
 
 Progress = Callable[[dict[str, Any]], None]
 REPRESENTATIONS = ("discriminator", "random_init", "raw_pixels")
@@ -61,7 +64,7 @@ def train(run: Run, progress: Progress | None = None) -> None:
             from dcgan import cluster
 
             cluster.launch(train_here, (str(run.path),), run.experiment.compute, run.home, run.name)
-    _raise_if_diverged(run)
+        _raise_if_diverged(run)
 
 
 def train_here(path: str) -> None:
@@ -167,13 +170,19 @@ def _representation(run: Run, name: str, step: int, split: str) -> np.ndarray:
 
 
 def report(run: Run) -> Path:
-    """Write report.html and deliver the run to MLflow. Raises if MLflow can't be reached; the page is there then."""
+    """Write report.html and deliver the run to MLflow; the page's path.
+
+    If MLflow can't be reached, a warning says so and nothing is lost: `dcgan sync`, or the next run, delivers it.
+    """
     from dcgan import report as page
     from dcgan import tracking
 
     tracking.start(run)
     file = page.write(run)
-    tracking.sync(run)
+    try:
+        tracking.sync(run)
+    except tracking.TrackingError as error:
+        log.warning("%s; `dcgan sync %s` delivers the run when it is back", error, run.name)
     tracking.finish(run, "FINISHED")
     return file
 

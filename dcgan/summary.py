@@ -15,6 +15,7 @@ from dcgan import config
 from dcgan.run import Run, read_lines
 
 CONTROLS = ("random_init", "raw_pixels")
+HEADER = ("metric", "discriminator", "random init", "raw pixels")
 PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "prefect", "ray", "mlflow")
 
 
@@ -54,6 +55,29 @@ def is_score(name: str) -> bool:
     return name.rpartition("/")[2].split("_")[0] in ("accuracy", "nmi", "ari") and not name.endswith("_std")
 
 
+def score_rows(run: Run) -> list[tuple[str, str, str, str]]:
+    """Every score beside its two controls, as text under HEADER; `-` where a control was not measured.
+
+    A mean over draws stands with its standard deviation. Chosen hyperparameters are no scores and are left out.
+    """
+    rows = {row.metric: row for row in table(run)}
+    return [_cells(row, rows.get(f"{name}_std")) for name, row in rows.items() if is_score(name)]
+
+
+def _cells(row: Row, deviation: Row | None) -> tuple[str, str, str, str]:
+    features, random_init, raw_pixels = (
+        _number(getattr(row, column), getattr(deviation, column, None))
+        for column in ("features", "random_init", "raw_pixels")
+    )
+    return (row.metric, features, random_init, raw_pixels)
+
+
+def _number(value: float | None, deviation: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if deviation is None else f"{value:.4f} ± {deviation:.4f}"
+
+
 def main_rows(run: Run) -> list[Row]:
     """The accuracy of each protocol: what a reader looks at first."""
     return [row for row in table(run) if row.metric.endswith("/accuracy")]
@@ -90,10 +114,7 @@ def flat(scores: dict[str, dict[str, float]]) -> dict[str, float]:
 def markdown(run: Run) -> str:
     """The run in a screenful: what came out, what to beware of, every score beside its controls, how to repeat it."""
     warnings = [f"- **{event['event']}** at step {event['step']:,}: {event['message']}" for event in events(run)]
-    rows = ["| | features | random init | raw pixels | gain |", "|---|---|---|---|---|"]
-    for row in table(run):
-        values = (row.features, row.random_init, row.raw_pixels, row.gain)
-        rows.append(f"| {row.metric} | " + " | ".join("" if v is None else f"{v:.4g}" for v in values) + " |")
+    rows = ["| " + " | ".join(cells) + " |" for cells in [HEADER, ["---"] * len(HEADER), *score_rows(run)]]
     parts = [headline(run), "\n".join(warnings), "\n".join(rows) if len(rows) > 2 else "", f"    {command(run)}"]
     return "\n\n".join(part for part in parts if part)
 

@@ -5,33 +5,16 @@ from collections.abc import Callable
 from typing import Any
 
 from dcgan.run import Run
-from dcgan.summary import Row, is_score, table
+from dcgan.summary import HEADER, score_rows
 
-HEADER = ("metric", "discriminator", "random init", "raw pixels")
+SHOWN = (
+    ("d_loss", "loss D", 3),
+    ("g_loss", "loss G", 3),
+    ("d_real", "D(real)", 2),
+    ("d_fake", "D(fake)", 2),
+    ("swd", "swd", 4),
+)
 INTERVAL = 2.0  # seconds between two lines of progress: seen to move, and a log of an hour stays readable
-
-
-def score_rows(run: Run) -> list[tuple[str, str, str, str]]:
-    """Every score beside its two controls, as text under HEADER; `-` where a control was not measured.
-
-    A mean over draws stands with its standard deviation. Chosen hyperparameters are no scores and are left out.
-    """
-    rows = {row.metric: row for row in table(run)}
-    return [_cells(row, rows.get(f"{name}_std")) for name, row in rows.items() if is_score(name)]
-
-
-def _cells(row: Row, deviation: Row | None) -> tuple[str, str, str, str]:
-    features, random_init, raw_pixels = (
-        _number(getattr(row, column), getattr(deviation, column, None))
-        for column in ("features", "random_init", "raw_pixels")
-    )
-    return (row.metric, features, random_init, raw_pixels)
-
-
-def _number(value: float | None, deviation: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4f}" if deviation is None else f"{value:.4f} ± {deviation:.4f}"
 
 
 def text_table(run: Run) -> str:
@@ -53,14 +36,9 @@ def progress_line(line: dict[str, Any], steps: int) -> str:
     """A line of metrics.jsonl for a person, with the time left to step `steps` at the speed of that line."""
     done, speed = line["step"], line["images_per_second"]
     left = (steps - done) * line["images"] / done / speed
-    words = [
-        f"step {done:,}/{steps:,}",
-        f"loss D {line['d_loss']:.3f} G {line['g_loss']:.3f}",
-        f"D(real) {line['d_real']:.2f} D(fake) {line['d_fake']:.2f}",
-        f"{speed:,.0f} images/s",
-    ]
-    if "swd" in line:
-        words.append(f"swd {line['swd']:.4f}")
+    # With train.update=alternate a line of one step knows one net only.
+    known = [f"{words} {line[key]:.{digits}f}" for key, words, digits in SHOWN if key in line]
+    words = [f"step {done:,}/{steps:,}", *known, f"{speed:,.0f} images/s"]
     if done < steps:
         words.append(f"{_duration(left)} left")
     return "  ".join(words)

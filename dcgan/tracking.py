@@ -165,20 +165,27 @@ def sync(run: Run) -> Delivery:
 def follow(run: Run) -> Iterator[None]:
     """Deliver metrics and sample grids every few seconds while the body, training, runs, and at its end.
 
-    The run is RUNNING; where and with what it trains is recorded in environment.json. Never raises: a server that is
-    away gets one warning, and the record on disk is delivered when it is back, or by `sync`.
+    The run is RUNNING, and FAILED or, by Ctrl-C, KILLED if the body raises; where and with what it trains is recorded
+    in environment.json. Never raises itself: a server that is away gets one warning, and the record on disk is
+    delivered when it is back, or by `sync`.
     """
     _record_environment(run)
     stop = threading.Event()
+    ended: Literal["FAILED", "KILLED"] | None = None
     thread = threading.Thread(target=_follow, args=(run, stop), daemon=True, name=f"mlflow {run.name}")
     thread.start()
     try:
         yield
+    except BaseException as error:
+        ended = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+        raise
     finally:
         stop.set()
         thread.join(PATIENCE)
         if thread.is_alive():
             log.warning("MLflow is slow; `dcgan sync %s` delivers the rest", run.path)
+        elif ended:
+            finish(run, ended)
 
 
 def _record_environment(run: Run) -> None:

@@ -19,7 +19,6 @@ from dcgan import config, stages, tables
 from dcgan.config import Protocol
 from dcgan.data.sources.published import DownloadError
 from dcgan.run import Run
-from dcgan.tracking import TrackingError
 
 HOUR = 3600.0
 
@@ -27,10 +26,6 @@ HOUR = 3600.0
 def _is_download(task: Any, task_run: TaskRun, state: State) -> bool:
     """Whether the network failed. Wrong settings, missing and corrupt files would only fail again."""
     return isinstance(state.result(raise_on_failure=False), DownloadError)
-
-
-def _is_tracking(task: Any, task_run: TaskRun, state: State) -> bool:
-    return isinstance(state.result(raise_on_failure=False), TrackingError)
 
 
 @task(
@@ -51,24 +46,26 @@ def ingest(preset: str, overrides: Sequence[str]) -> str:
 
 
 @task(task_run_name="train", cache_policy=NO_CACHE, retries=0, timeout_seconds=None)
-def train(run: str) -> None:
-    """Train to the last step, from the newest checkpoint.
+def train(run: str) -> str:
+    """Train to the last step, from the newest checkpoint; the run's directory again, for whom it is ready.
 
     Not retried here: Ray restarts workers that die, `compute.max_failures` times, and what then still fails does so
     for a reason. No time limit: the number of steps is one, and Ray notices workers that hang.
     """
     opened, logger = Run.open(Path(run)), get_run_logger()
     stages.train(opened, tables.Progress(opened.experiment.train.steps, logger.info))
+    return run
 
 
 @task(task_run_name="extract", cache_policy=NO_CACHE, retries=1, retry_delay_seconds=10, timeout_seconds=6 * HOUR)
-def extract(run: str) -> None:
-    """Write the feature banks.
+def extract(run: str) -> str:
+    """Write the feature banks; the run's directory again.
 
     Retried once, because what can fail is the machine (memory, disk); each bank is whole or absent, so what is done
     is not done again. The time limit is far above what an hour of training on the same images would have cost.
     """
     stages.extract(Run.open(Path(run)))
+    return run
 
 
 @task(task_run_name="{protocol}", cache_policy=NO_CACHE, retries=1, retry_delay_seconds=10, timeout_seconds=None)
@@ -81,17 +78,10 @@ def evaluate(run: str, protocol: Protocol) -> dict[str, dict[str, float]]:
     return stages.evaluate(Run.open(Path(run)), protocol)
 
 
-@task(
-    task_run_name="report",
-    cache_policy=NO_CACHE,
-    retries=2,
-    retry_delay_seconds=[10, 60],
-    retry_condition_fn=_is_tracking,
-    timeout_seconds=HOUR,
-)
+@task(task_run_name="report", cache_policy=NO_CACHE, retries=1, retry_delay_seconds=10, timeout_seconds=HOUR)
 def report(run: str) -> str:
     """Write report.html and deliver the run to MLflow; the page's path.
 
-    Retried when MLflow can't be reached. The page is written first and delivery goes on where it stopped.
+    Retried once, as `extract`. An MLflow that is away is no failure: the record waits in the run directory.
     """
     return str(stages.report(Run.open(Path(run))))

@@ -7,12 +7,17 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 
 from dcgan.config import build
 from dcgan.data import store
 from dcgan.data.ingest import ingest
+
+# No test times anything: an example on a busy machine may take as long as it takes.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 RESTORE = Path(__file__).parents[2] / "shared" / "data" / "restore.py"
 

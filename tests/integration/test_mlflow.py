@@ -204,6 +204,18 @@ def test_a_value_that_is_not_finite_becomes_a_tag(new_run: Callable[..., Run]) -
     assert tags["event.non_finite"] == "step 30: d_loss, g_loss not finite"
 
 
+@pytest.mark.parametrize(("error", "status"), [(ValueError, "FAILED"), (KeyboardInterrupt, "KILLED")])
+def test_training_that_ends_early_is_shown_as_such(
+    new_run: Callable[..., Run], error: type[BaseException], status: str
+) -> None:
+    run = new_run()
+    run_id = tracking.start(run)
+    with pytest.raises(error), tracking.follow(run):
+        raise error
+    assert record(run).info.status == status
+    assert tracking.Ledger.load(run.path / "mlflow.json").run_id == run_id
+
+
 def test_status_follows_the_run_through_failure_and_resume(new_run: Callable[..., Run]) -> None:
     run = new_run()
     run_id = tracking.start(run)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dcgan import tables
+from dcgan import summary, tables
 from dcgan.config import build
 from dcgan.run import Run
 
@@ -35,7 +35,7 @@ def write_scores(run: Run, **steps: int) -> None:
 
 def test_each_score_stands_beside_its_controls_and_its_deviation(run: Run) -> None:
     write_scores(run)
-    assert tables.score_rows(run) == [
+    assert summary.score_rows(run) == [
         ("knn/accuracy", "0.9000", "-", "-"),
         ("svm_few_labels/accuracy", "0.6385 ± 0.0040", "0.5600 ± 0.0100", "0.2500 ± 0.0200"),
     ]
@@ -66,11 +66,17 @@ def line(step: int, **more: float) -> dict[str, Any]:
 def test_a_line_of_progress_gives_the_time_left() -> None:
     """At 640 images/s a step of 64 takes 0.1 s: 1,100 steps are 110 s."""
     assert tables.progress_line(line(100, swd=0.125), 1200) == (
-        "step 100/1,200  loss D 0.500 G 1.250  D(real) 0.75 D(fake) 0.25  640 images/s  swd 0.1250  1 min 50 s left"
+        "step 100/1,200  loss D 0.500  loss G 1.250  D(real) 0.75  D(fake) 0.25  swd 0.1250  640 images/s  "
+        "1 min 50 s left"
     )
     assert tables.progress_line(line(100), 110).endswith("1 s left")
     assert tables.progress_line(line(100), 36_100).endswith("1 h 0 min left")
     assert tables.progress_line(line(1200), 1200).endswith("640 images/s")
+
+
+def test_a_line_of_alternating_updates_says_what_was_played() -> None:
+    one_net = {"step": 1, "images": 64, "images_per_second": 640.0, "seconds": 0.1, "g_loss": 1.25, "g_grad_norm": 2.0}
+    assert tables.progress_line(one_net, 1) == "step 1/1  loss G 1.250  640 images/s"
 
 
 def test_progress_is_said_at_intervals_at_checkpoints_and_at_the_end() -> None:
