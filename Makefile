@@ -31,7 +31,6 @@ run: export PREFECT_LOGGING_FORMATTERS_STANDARD_FLOW_RUN_FMT = %(asctime)s %(lev
 run: export PREFECT_LOGGING_FORMATTERS_STANDARD_TASK_RUN_FMT = %(asctime)s %(levelname)-7s %(task_run_name)s: %(message)s
 run: export PREFECT_LOGGING_FORMATTERS_STANDARD_FORMAT = %(asctime)s %(levelname)-7s %(message)s
 run: export PREFECT_LOGGING_EXTRA_LOGGERS = dcgan
-run: export PREFECT_LOGGING_LOGGERS_PREFECT_EXTRA_HANDLERS = api,console
 run: export PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW = ignore
 run: .venv/installed
 	@mkdir -p $(PREFECT_HOME)

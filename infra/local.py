@@ -31,7 +31,7 @@ POOL = "local"  # as in prefect.yaml
 PREFECT = f"http://127.0.0.1:{os.environ.get('PREFECT_PORT') or 4200}"
 MLFLOW = f"http://127.0.0.1:{os.environ.get('MLFLOW_PORT') or 5000}"
 START_SECONDS = 240  # MLflow creates its database in 10 s on a quiet machine, in a minute on a loaded one
-STOP_SECONDS = 40  # a worker's flow run has 30 to stop in
+STOP_SECONDS = 60  # Prefect gives a flow run 30 to end in, and looks every 10 for what is to be cancelled
 ENVIRONMENT = {
     "DCGAN_HOME": str(HOME),
     "PREFECT_HOME": str(HOME / "prefect"),
@@ -172,18 +172,19 @@ def up() -> None:
     WORKER.start()
     WORKER.wait()  # it creates the work pool, which deploying needs
     _crash_zombies()
-    subprocess.run(
-        [BIN / "prefect", "--no-prompt", "deploy", "--all"], cwd=ROOT, env={**os.environ, **ENVIRONMENT}, check=True
-    )
+    _deploy()
     lines = [f"export {name}={shlex.quote(value)}" for name, value in ENVIRONMENT.items()]
     (HOME / "env").write_text("\n".join([*lines, f'export PATH={shlex.quote(str(BIN))}:"$PATH"', ""]))
     say("", *_addresses(), f"Logs     {SERVICES}", "", "Run a deployment, for instance:", sep="\n")
-    say(f"  . {os.path.relpath(HOME / 'env')} && prefect deployment run train-eval/digits --watch")
+    file = (HOME / "env").relative_to(ROOT) if HOME.is_relative_to(ROOT) else HOME / "env"
+    say(f"  . {shlex.quote(str(file))} && prefect deployment run train-eval/digits --watch")
     say("Stop everything: make down")
 
 
 def down() -> None:
-    """Stop the worker, then the servers."""
+    """Cancel what the worker runs, lest it count as running for ever; then stop the worker and the servers."""
+    if all(service.pid() for service in (WORKER, *SERVERS)):
+        _cancel_flow_runs()
     for service in (WORKER, *reversed(SERVERS)):
         if service.stop():
             say(f"stopped {service.name}")
@@ -221,17 +222,37 @@ def _addresses() -> tuple[str, str]:
     return f"Prefect  {PREFECT}", f"MLflow   {MLFLOW}"
 
 
+def _deploy() -> None:
+    command = [BIN / "prefect", "--no-prompt", "deploy", "--all"]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True)
+    if done.returncode:
+        fail(f"prefect.yaml could not be deployed:\n{done.stdout}{done.stderr}")
+
+
 def _crash_zombies() -> None:
     """Have the server mark a flow run as crashed when its process and its worker have both died."""
     automation = json.loads((ROOT / "infra" / "zombies.json").read_text())
-    known = _post("filter", {"automations": {"name": {"any_": [automation["name"]]}}})
+    known = _post("automations/filter", {"automations": {"name": {"any_": [automation["name"]]}}})
     if not known:
-        _post("", automation)
+        _post("automations/", automation)
+
+
+def _cancel_flow_runs() -> None:
+    """Cancel every flow run of a deployment that is running, and wait until their processes have ended."""
+    deployed = {"deployment_id": {"is_null_": False}}  # one of `make run` has none, and is not the worker's
+    running = {"flow_runs": {**deployed, "state": {"type": {"any_": ["PENDING", "RUNNING"]}}}}
+    for run in _post("flow_runs/filter", running):
+        _post(f"flow_runs/{run['id']}/set_state", {"state": {"type": "CANCELLING"}})
+        say(f"cancelling {run['name']}")
+    deadline = time.monotonic() + STOP_SECONDS
+    cancelling = {"flow_runs": {**deployed, "state": {"type": {"any_": ["CANCELLING"]}}}}
+    while _post("flow_runs/filter", cancelling) and time.monotonic() < deadline:
+        time.sleep(0.5)
 
 
 def _post(path: str, content: dict[str, Any]) -> Any:
     request = urllib.request.Request(
-        f"{PREFECT}/api/automations/{path}", json.dumps(content).encode(), {"Content-Type": "application/json"}
+        f"{PREFECT}/api/{path}", json.dumps(content).encode(), {"Content-Type": "application/json"}
     )
     with urllib.request.urlopen(request, timeout=30) as response:
         return json.load(response)

@@ -1,6 +1,11 @@
 """Real images and small stores for every test."""
 
 import os
+
+# Before torch is imported, here and in every process a test starts: on tensors as small as the tests', two threads
+# wait for each other more than they compute, many times more on a busy machine.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import shutil
 import subprocess
 import sys
