@@ -149,7 +149,7 @@ def test_no_process_survives_its_driver_and_nothing_is_written_to_the_users_home
 
     driver.wait(60)
     assert driver.returncode != 0
-    _until(lambda: not _processes(marker), 30)
+    _until(lambda: not _processes(marker), 60)
     assert list((tmp_path / "user").iterdir()) == []
 
 

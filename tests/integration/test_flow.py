@@ -14,7 +14,6 @@ from prefect.testing.utilities import prefect_test_harness
 from dcgan import config, stages
 from dcgan.run import Run
 from dcgan.tracking import Ledger
-from flows import tasks
 from flows.train_eval import train_eval
 
 pytestmark = pytest.mark.slow
@@ -81,7 +80,6 @@ def test_flow_that_failed_in_evaluate_goes_on_without_training_again_and_without
     before = (run.path / "metrics.jsonl").stat()
     obstacle.rmdir()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # nothing listens there
-    monkeypatch.setattr(tasks.report, "retry_delay_seconds", [0, 0])
 
     state = train_eval("digits", words(home, "train.seed=1"), return_state=True)
 
