@@ -42,11 +42,42 @@ __all__ = [
     "validate",
 ]
 
-Preset = Literal["digits", "mnist", "cifar10", "folder"]
+Preset = Literal[
+    "digits",
+    "mnist",
+    "cifar10",
+    "cifar100",
+    "svhn",
+    "stl10",
+    "celeba",
+    "lfw",
+    "lsun",
+    "imagenet",
+    "imagenet32",
+    "imagenet10",
+    "imagenet_dog15",
+    "tiny_imagenet",
+    "folder",
+]
 PRESETS: tuple[Preset, ...] = get_args(Preset)
 
 # Settings that only some data sets have: elsewhere they would change a run's name and nothing else.
-ONLY_FOR: dict[str, tuple[DataSet, ...]] = {"test_fraction": ("digits", "folder"), "unreadable": ("folder",)}
+ENCODED: tuple[DataSet, ...] = (
+    "celeba",
+    "lfw",
+    "lsun",
+    "imagenet",
+    "imagenet10",
+    "imagenet_dog15",
+    "tiny_imagenet",
+    "folder",
+)
+ONLY_FOR: dict[str, tuple[DataSet, ...]] = {
+    "test_fraction": ("digits", "lfw", "folder"),
+    "unreadable": ENCODED,
+    "category": ("lsun",),
+    "extra": ("svhn",),
+}
 
 
 class Experiment(Section):
@@ -77,9 +108,7 @@ class Experiment(Section):
             raise ValueError("data.name=folder needs data.source=DIRECTORY, a tree of images")
         for key, names in ONLY_FOR.items():
             if self.data.name not in names and getattr(self.data, key) != Data.model_fields[key].default:
-                raise ValueError(
-                    f"data.{key} is for {' and '.join(names)}; {self.data.name} has its own split and files"
-                )
+                raise ValueError(f"data.{key} is for {', '.join(names)}, not for {self.data.name}")
         return self
 
     @property
@@ -90,7 +119,7 @@ class Experiment(Section):
     def identity(self) -> dict[str, Any]:
         """What makes two runs the same run: data, model and training, not where they are computed or scored."""
         return {
-            "data": self.data.model_dump(mode="json", exclude={"home", "source"}),
+            "data": self.data.model_dump(mode="json", exclude={"home", "source", "offline", "remote", "cache_gb"}),
             "model": self.model.model_dump(mode="json"),
             "train": self.train.model_dump(mode="json"),
         }

@@ -23,10 +23,7 @@ from typing import Any
 from dcgan import storage
 from dcgan.config import Experiment, digest, validate
 from dcgan.data.store import Store
-
-
-class BusyError(RuntimeError):
-    """Another process is writing this run; the message names it."""
+from dcgan.storage import BusyError
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,29 @@
 """The sections of an experiment: every knob, its default, meaning and bounds. `config.py` puts them together."""
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-DataSet = Literal["digits", "mnist", "cifar10", "folder"]
+DataSet = Literal[
+    "digits",
+    "mnist",
+    "cifar10",
+    "cifar100",
+    "svhn",
+    "stl10",
+    "celeba",
+    "lfw",
+    "lsun",
+    "imagenet",
+    "imagenet32",
+    "imagenet10",
+    "imagenet_dog15",
+    "tiny_imagenet",
+    "folder",
+]
 Protocol = Literal["svm", "svm_few_labels", "clustering", "knn"]
 PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
 
@@ -35,26 +52,45 @@ class Data(Section):
     )
     source: str | None = Field(
         None,
-        description="a directory with the published files, or an http(s) address that mirrors them, in place of the "
-        "data set's own home; for `folder`, the tree of images, a class a subdirectory",
+        description="a directory with the published files, or an http(s):// or s3:// address that mirrors them, in "
+        "place of the data set's own home; for `folder`, the tree of images, a class a subdirectory",
     )
+    offline: bool = Field(False, description="download nothing: use what is there, or say what is missing")
+    category: str = Field("bedroom", description="`lsun`: the category, such as bedroom or church_outdoor")
+    extra: bool = Field(False, description="`svhn`: train on the 531,131 extra images, too")
     test_fraction: float = Field(
-        0.1, gt=0, lt=1, description="`folder` and `digits`: the share of images held out for scoring, by content hash"
+        0.1, gt=0, lt=1, description="`folder`, `lfw`, `digits`: the share of images held out, by content hash"
     )
     unreadable: Literal["refuse", "skip"] = Field(
-        "refuse", description="`folder`: an image that can't be decoded stops ingestion, or is skipped and listed"
+        "refuse", description="an image file that can't be decoded stops ingestion, or is skipped and listed"
+    )
+    deduplicate: bool = Field(
+        False, description="remove near-duplicates from the training images, as the paper does for LSUN (section 3.1)"
     )
     home: Path | None = Field(None, description="where everything is written; DCGAN_HOME if unset, else ./var")
+    remote: str | None = Field(
+        None, description="an s3:// address that keeps stores and runs; the home is then a copy of what is used here"
+    )
+    cache_gb: float = Field(
+        100, gt=0, description="with `remote`: gigabytes of image stores kept in the home; the longest unused go first"
+    )
 
     @field_validator("source")
     @classmethod
     def _absolute_source(cls, source: str | None) -> str | None:
         """A path means the same file in a worker that was started in another directory."""
-        if source is None or source.startswith(("http://", "https://")):
+        if source is None or source.startswith(("http://", "https://", "s3://")):
             return source
         if "://" in source:
-            raise ValueError("input should be a directory or an http(s) address")
+            raise ValueError("input should be a directory, or an http(s):// or s3:// address")
         return str(_absolute(source))
+
+    @field_validator("remote")
+    @classmethod
+    def _in_s3(cls, remote: str | None) -> str | None:
+        if remote is not None and not re.fullmatch(r"s3://[^/]+(/.*)?", remote):
+            raise ValueError("input should be s3://bucket or s3://bucket/prefix")
+        return remote and remote.rstrip("/")
 
     @field_validator("home")
     @classmethod

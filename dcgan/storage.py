@@ -22,6 +22,10 @@ class CorruptError(RuntimeError):
     """A stored directory is not what its manifest says; the message names the file."""
 
 
+class BusyError(RuntimeError):
+    """Another process is writing this directory; the message names it."""
+
+
 def sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
     with path.open("rb") as file:

@@ -1,42 +1,73 @@
-"""From a data set's own files to an image store, once: the same input is found again without being read."""
+"""From a data set's own files to an image store, once: the same input is found again without being read.
 
+Shards are made in any order, by threads here or by Ray on all the processors there are, into a working directory that
+is named by the input. Killed at any moment, the same command goes on from the shards that are complete, and what comes
+out is the same, byte for byte, whoever made it.
+"""
+
+import fcntl
 import hashlib
 import json
 import logging
+import math
+import os
+import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from dcgan import storage
 from dcgan.config import Data
-from dcgan.data import store
+from dcgan.data import shards, store
+from dcgan.data.decode import REDUCED, TRANSFORM
+from dcgan.data.shards import Job
 from dcgan.data.sources import SOURCES
-from dcgan.data.sources.base import TRANSFORM, Labelled
+from dcgan.data.sources.base import Opened
 
 log = logging.getLogger(__name__)
 
 LOG_EVERY = 5  # seconds
+Maker = Callable[[Callable[[Job], dict[str, Any]], Sequence[Job]], Iterator[dict[str, Any]]]
 
 
-def ingest(data: Data, home: Path, verify: bool = False) -> str:
+def by_threads(make: Callable[[Job], dict[str, Any]], jobs: Sequence[Job]) -> Iterator[dict[str, Any]]:
+    """The results of `make`, in any order, from as many threads as there are processors; the first error stops all.
+
+    Pillow decodes without the interpreter's lock. Memory is a shard a thread.
+    """
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        try:
+            yield from pool.map(make, jobs)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def ingest(data: Data, home: Path, verify: bool = False, maker: Maker = by_threads) -> str:
     """Publish the images under `home/stores` and return the store's fingerprint.
 
     `home/stores/index` remembers which input gave which store. Input that is unchanged, by the settings and the
     source's own cheap signature, returns at once if its store is there with the right lengths (the right bytes, with
-    `verify`); a store that is gone or damaged is made again. Downloads go to `home/downloads`. Raises what
-    `base.Source` says, and ValueError for an image that can't be used; no store is left behind then.
+    `verify`); a store that is gone or damaged is made again. Downloads go to `home/downloads`. `maker` runs the jobs
+    where images are to be decoded and there are more than a shard. Raises what `base.Source` says, ValueError for an
+    image that can't be used (no store is left behind then), and BusyError if another process ingests the same.
     """
     source = SOURCES[data.name]
-    settings = data.model_dump(mode="json", exclude={"home", "source"})
-    given = {"settings": settings, "signature": source.signature(data), "transform": TRANSFORM}
+    settings = data.model_dump(mode="json", exclude={"home", "source", "offline", "remote", "cache_gb"})
+    given = {
+        "settings": settings,
+        "signature": source.signature(data),
+        "transform": [TRANSFORM, REDUCED, shards.BYTES],
+    }
     key = hashlib.sha256(storage.dump_json(given).encode()).hexdigest()[:16]
     index = home / "stores" / "index" / f"{key}.json"
     if fingerprint := _known(index, home, verify):
         return fingerprint
-    opened = source.read(data, home / "downloads")
-    splits = [(name, _logged(f"{data.name}, {name}", images)) for name, images in opened.splits]
-    fingerprint = store.write(home, opened.description, splits, opened.sources, opened.skipped)
+    with _working(home, key) as directory:
+        opened = source.read(data, home / "downloads")
+        fingerprint = assemble(opened, data, home, directory, maker)
     storage.write_json(index, {"input": given, "fingerprint": fingerprint})
     log.info("%s: image store %s", data.name, fingerprint)
     return fingerprint
@@ -54,12 +85,74 @@ def _known(index: Path, home: Path, verify: bool) -> str | None:
         return None
 
 
-def _logged(what: str, images: Iterable[Labelled]) -> Iterator[Labelled]:
-    """`images`, with a line in the log every few seconds and at the end."""
-    count, last = 0, time.monotonic()
-    for count, image in enumerate(images, 1):
-        if time.monotonic() - last > LOG_EVERY:
-            log.info("%s: %d images so far", what, count)
-            last = time.monotonic()
-        yield image
-    log.info("%s: %d images", what, count)
+@contextmanager
+def _working(home: Path, key: str) -> Iterator[Path]:
+    """The directory in which this input's shards are made: kept by a kill, removed by a refusal of the input."""
+    directory = home / "stores" / f".ingest-{key}"
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory.parent / f".ingest-{key}.lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise storage.BusyError(f"another process is ingesting into {directory}") from error
+        try:
+            yield directory
+        except (ValueError, storage.CorruptError):
+            shutil.rmtree(directory, ignore_errors=True)  # an input that can't be used; the next will be another
+            raise
+
+
+def assemble(
+    opened: Opened, data: Data, home: Path, directory: Path, maker: Maker = by_threads, shard_images: int | None = None
+) -> str:
+    """Make every shard that `directory` lacks, publish it as a store under `home`, and return its fingerprint."""
+    images = shard_images or shards.images_per_shard(opened.description.channels, data.size)
+    jobs = list(_jobs(opened, data, directory, images))
+    _require_space(directory, opened)
+    missing = [job for job in jobs if not shards.made(job)]
+    if len(missing) < len(jobs):
+        log.info("%s: %d of %d shards were made before", data.name, len(jobs) - len(missing), len(jobs))
+    decoding = len(missing) > 1 and any(job.records.encoded for job in missing)
+    made = (maker if decoding else by_threads)(shards.make, missing)
+    for record in _logged(data.name, missing, made):
+        log.debug("%s: a shard of %d images", data.name, len(record["labels"]))
+    splits = {name: [shards.read(job) for job in jobs if job.split == name] for name in opened.splits}
+    for name, reason in [pair for records in splits.values() for record in records for pair in record["skipped"]]:
+        log.warning("%s skipped: %s", name, reason)
+    return store.finish(home, directory, opened.description, splits, opened.sources)
+
+
+def _jobs(opened: Opened, data: Data, directory: Path, shard_images: int) -> Iterator[Job]:
+    about = opened.description
+    for split, records in opened.splits.items():
+        for number in range(math.ceil(len(records) / shard_images)):
+            part = records.part(number * shard_images, min((number + 1) * shard_images, len(records)))
+            skip = data.unreadable == "skip"
+            yield Job(directory, split, number, part, about.size, about.channels, len(about.classes), skip)
+
+
+def _require_space(directory: Path, opened: Opened) -> None:
+    """Raise OSError before any work if the file system can't hold the store."""
+    about = opened.description
+    needed = sum(map(len, opened.splits.values())) * about.channels * about.size**2
+    there = sum(file.stat().st_size for file in directory.iterdir())
+    free = shutil.disk_usage(directory).free
+    if needed - there > free:
+        raise OSError(
+            f"{directory.parent}: {needed / 1e9:.1f} GB of images are to be written, {free / 1e9:.1f} GB are free"
+        )
+
+
+def _logged(name: str, jobs: Sequence[Job], made: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """`made`, with a line in the log every few seconds, and an estimate of the time left."""
+    total = sum(len(job.records) for job in jobs)
+    start = last = time.monotonic()
+    done = 0
+    for record in made:
+        done += len(record["labels"]) + len(record["skipped"])
+        if (now := time.monotonic()) - last > LOG_EVERY:
+            last, left = now, (now - start) / done * (total - done)
+            log.info("%s: %d of %d images, %.0f s left", name, done, total, left)
+        yield record
+    if total:
+        log.info("%s: %d images in %.0f s", name, total, time.monotonic() - start)

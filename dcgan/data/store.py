@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 
 from dcgan import storage
+from dcgan.data import shards
 
 log = logging.getLogger(__name__)
-
-SHARD_IMAGES = 65_536  # 192 MiB at 32 px RGB, 768 MiB at 64 px: few files, and one still fits in memory
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,8 @@ class Description:
     """What a store holds, before its images are known.
 
     classes: names by label, empty where images have no label. size: pixels a side. channels: 1 or 3.
-    transform: in words, how a source image became a stored one.
+    transform: in words, how a source image became a stored one. training: the splits that a GAN is trained on.
+    superclasses, superclass_of: names, and the one that each class belongs to; empty where there are none.
     """
 
     dataset: str
@@ -38,39 +38,58 @@ class Description:
     size: int
     channels: int
     transform: str
+    training: tuple[str, ...] = ("train",)
+    superclasses: tuple[str, ...] = ()
+    superclass_of: tuple[int, ...] = ()
 
 
-def write(
+def finish(
     home: Path,
+    directory: Path,
     description: Description,
-    splits: Iterable[tuple[str, Iterable[tuple[np.ndarray, int]]]],
-    sources: Iterable[SourceFile],
-    skipped: Iterable[str] = (),
-    shard_images: int = SHARD_IMAGES,
+    splits: Mapping[str, Sequence[Mapping[str, Any]]],
+    sources: Sequence[SourceFile],
+    duplicates_removed: int = 0,
 ) -> str:
-    """Write a store under `home/stores` and return its fingerprint; nothing appears there if anything fails.
+    """Publish a directory of shards as a store and return its fingerprint; `directory` is gone then.
 
+    splits: of each split, in the order to store, the records of its shards, as `shards.make` gives them.
     A store of this fingerprint that is already there stays, unless it is damaged: then it is replaced.
-
-    splits: (name, iterator of (uint8 image (C, H, W), label)) in the order to write; label -1 means none.
-    skipped: names of input that was left out. `sources` and `skipped` are read after the splits.
-    Raises ValueError if an image has another shape or dtype than described, a label is unknown, or a split is empty.
+    Raises ValueError if a split is empty.
     """
-    stores = home / "stores"
-    with storage.staging(stores) as staged:
-        counts = {name: _write_split(staged, name, images, description, shard_images) for name, images in splits}
-        manifest = {
-            **asdict(description),
-            "counts": counts,
-            "sources": [asdict(source) for source in sources],
-            "skipped": list(skipped),
-            "duplicates_removed": 0,
-        }
-        storage.seal(staged, manifest)
-        name = storage.fingerprint(staged)
-        _remove_damaged(home, name)
-        storage.publish(staged, stores / name)
+    known = {}
+    for name, records in splits.items():
+        labels = np.array([label for record in records for label in record["labels"]], np.int64)
+        if not len(labels):
+            raise ValueError(f"{description.dataset}: split {name!r} has no images")
+        known[f"{name}-labels.npy"] = shards.write_array(directory / f"{name}-labels.npy", labels)
+        for number, record in enumerate(records):
+            known[f"{name}-{number:05d}.npy"] = {key: record[key] for key in ("bytes", "sha256")}
+    manifest = {
+        **asdict(description),
+        "counts": {name: sum(len(record["labels"]) for record in records) for name, records in splits.items()},
+        "pixels": {name: _totals(records) for name, records in splits.items()},
+        "sources": [asdict(source) for source in sources],
+        "skipped": [name for records in splits.values() for record in records for name, _ in record["skipped"]],
+        "duplicates_removed": duplicates_removed,
+        "files": known,
+    }
+    storage.write_json(directory / storage.MANIFEST, manifest)
+    for path in directory.iterdir():
+        if path.name not in {*known, storage.MANIFEST}:
+            path.unlink()
+    name = storage.fingerprint(directory)
+    _remove_damaged(home, name)
+    storage.publish(directory, home / "stores" / name)
     return name
+
+
+def _totals(records: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
+    """Sum and sum of squares of each channel over a split."""
+    return {key: [sum(channel) for channel in zip(*(r[key] for r in records), strict=True)] for key in _SUMS}
+
+
+_SUMS = ("sums", "squares")
 
 
 def _remove_damaged(home: Path, fingerprint: str) -> None:
@@ -82,39 +101,6 @@ def _remove_damaged(home: Path, fingerprint: str) -> None:
     except storage.CorruptError as error:
         log.warning("replacing a damaged image store: %s", error)
         storage.discard(path)
-
-
-def _write_split(
-    staged: Path, name: str, images: Iterable[tuple[np.ndarray, int]], description: Description, shard_images: int
-) -> int:
-    labels: list[int] = []
-    for number, shard in enumerate(_shards(name, images, description, labels, shard_images)):
-        np.save(staged / f"{name}-{number:05d}.npy", shard)
-    if not labels:
-        raise ValueError(f"{description.dataset}: split {name!r} has no images")
-    np.save(staged / f"{name}-labels.npy", np.array(labels, np.int64))
-    return len(labels)
-
-
-def _shards(
-    name: str, images: Iterable[tuple[np.ndarray, int]], description: Description, labels: list[int], shard_images: int
-) -> Iterator[np.ndarray]:
-    shape = (description.channels, description.size, description.size)
-    allowed = range(len(description.classes)) if description.classes else range(-1, 0)
-    pending: list[np.ndarray] = []
-    for image, label in images:
-        where = f"{description.dataset}: image {len(labels)} of split {name!r}"
-        if image.shape != shape or image.dtype != np.uint8:
-            raise ValueError(f"{where} is {image.dtype} {image.shape}; expected uint8 {shape}")
-        if label not in allowed:
-            raise ValueError(f"{where} has label {label}; allowed are {allowed.start} to {allowed.stop - 1}")
-        pending.append(image)
-        labels.append(label)
-        if len(pending) == shard_images:
-            yield np.stack(pending)
-            pending.clear()
-    if pending:
-        yield np.stack(pending)
 
 
 @dataclass(frozen=True)
@@ -163,20 +149,44 @@ class Store:
     def splits(self) -> tuple[str, ...]:
         return tuple(self.manifest["counts"])
 
-    def count(self, split: str) -> int:
-        return self.manifest["counts"][split]
+    @property
+    def training(self) -> tuple[str, ...]:
+        """The splits that a GAN is trained on, in order: `train`, unless the data set says otherwise."""
+        return tuple(self.manifest["training"])
 
-    def shards(self, split: str) -> list[np.ndarray]:
-        """Memory maps of the split's shards in order, each uint8 (n, C, H, W)."""
+    def count(self, *splits: str) -> int:
+        """How many images the splits have together."""
+        return sum(self.manifest["counts"][split] for split in splits)
+
+    def shards(self, *splits: str) -> list[np.ndarray]:
+        """Memory maps of the splits' shards in order, each uint8 (n, C, H, W)."""
+        return [np.load(self.path / name, mmap_mode="r") for split in splits for name in self._names(split)]
+
+    def _names(self, split: str) -> list[str]:
         shard = re.compile(re.escape(split) + r"-\d{5}\.npy")
-        names = sorted(name for name in self.manifest["files"] if shard.fullmatch(name))
-        return [np.load(self.path / name, mmap_mode="r") for name in names]
+        return sorted(name for name in self.manifest["files"] if shard.fullmatch(name))
 
     def images(self, split: str) -> np.ndarray:
         """The split's images, uint8 (N, C, H, W): a memory map of the one shard, or all shards read into memory."""
         shards = self.shards(split)
         return shards[0] if len(shards) == 1 else np.concatenate(shards)
 
-    def labels(self, split: str) -> np.ndarray:
+    def labels(self, *splits: str) -> np.ndarray:
         """int64 (N,); -1 everywhere if the images have no labels."""
-        return np.load(self.path / f"{split}-labels.npy")
+        return np.concatenate([np.load(self.path / f"{split}-labels.npy") for split in splits])
+
+    def balance(self, split: str) -> dict[str, int]:
+        """Images of each class in a split; empty if they have no labels."""
+        if not self.classes:
+            return {}
+        counts = np.bincount(self.labels(split), minlength=len(self.classes))
+        return dict(zip(self.classes, counts.tolist(), strict=True))
+
+    def pixel_statistics(self, split: str) -> list[tuple[float, float]]:
+        """Mean and standard deviation of each channel's pixels, in 0..255, over a split."""
+        totals, pixels = self.manifest["pixels"][split], self.count(split) * self.size**2
+        means = [total / pixels for total in totals["sums"]]
+        return [
+            (mean, max(0.0, squares / pixels - mean**2) ** 0.5)
+            for mean, squares in zip(means, totals["squares"], strict=True)
+        ]

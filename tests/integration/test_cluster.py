@@ -121,7 +121,7 @@ def test_no_process_survives_its_driver_and_nothing_is_written_to_the_users_home
     tmp_path: Path, sent: signal.Signals
 ) -> None:
     script = f"""
-        import time
+        import signal, time
         from pathlib import Path
         from dcgan import cluster
         from dcgan.config import Compute
@@ -130,6 +130,7 @@ def test_no_process_survives_its_driver_and_nothing_is_written_to_the_users_home
             Path(file).touch()
             time.sleep(600)
 
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
         cluster.launch(work, ({str(tmp_path / "working")!r},), Compute(device="cpu"), Path({str(tmp_path)!r}), "long")
     """
     (tmp_path / "user").mkdir()
@@ -145,11 +146,16 @@ def test_no_process_survives_its_driver_and_nothing_is_written_to_the_users_home
     _until((tmp_path / "working").exists, 120)
     assert len(_processes(marker)) > 3
 
-    driver.send_signal(sent)
-
-    driver.wait(60)
-    assert driver.returncode != 0
-    _until(lambda: not _processes(marker), 60)
+    try:
+        driver.send_signal(sent)
+        driver.wait(60)
+        assert driver.returncode != 0
+        deadline = time.monotonic() + 120
+        while survivors := _processes(marker):
+            assert time.monotonic() < deadline, f"not gone within 120 s: {survivors}"
+            time.sleep(0.2)
+    finally:
+        driver.kill()
     assert list((tmp_path / "user").iterdir()) == []
 
 

@@ -1,31 +1,25 @@
-"""What every source has in common: what it gives, how a picture becomes square, which images are held out."""
+"""What every source has in common: what it gives, and which images are held out."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-from PIL import Image
-
 from dcgan.config import Data
+from dcgan.data.records import Records
 from dcgan.data.store import Description, SourceFile
-
-Labelled = tuple[np.ndarray, int]  # uint8 (C, size, size) in 0..255, and a label; -1 where there is none
-TRANSFORM = "centre crop of the shorter side, resized with antialiasing (Pillow's bilinear)"
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A data set whose input has been checked, ready to be read once.
+    """A data set whose input has been found and checked.
 
-    splits: name and images, in the order to store. skipped: names of input left out, filled while `splits` is read.
+    splits: name and records, in the order to store.
     """
 
     description: Description
-    splits: tuple[tuple[str, Iterable[Labelled]], ...]
+    splits: Mapping[str, Records]
     sources: tuple[SourceFile, ...]
-    skipped: list[str] = field(default_factory=list)
 
 
 class Source(Protocol):
@@ -40,26 +34,8 @@ class Source(Protocol):
     def read(self, data: Data, downloads: Path) -> Opened:
         """Find, download (under `downloads` only) and check the input.
 
-        Raises FileNotFoundError, ValueError, storage.CorruptError or published.DownloadError, naming file or address.
+        Raises FileNotFoundError, ValueError, storage.CorruptError or fetch.DownloadError, naming file or address.
         """
-
-
-def square(image: Image.Image, size: int) -> np.ndarray:
-    """uint8 (C, size, size): the centre of the picture, as torchvision's CenterCrop and then Resize give it.
-
-    Pillow widens the filter when it shrinks, which is what antialiasing means.
-    """
-    side = min(image.size)
-    left, top = round((image.width - side) / 2), round((image.height - side) / 2)
-    cropped = image.crop((left, top, left + side, top + side))
-    pixels = np.asarray(cropped.resize((size, size), Image.Resampling.BILINEAR))
-    return np.ascontiguousarray(pixels.reshape(size, size, -1).transpose(2, 0, 1))
-
-
-def squares(images: np.ndarray, labels: Sequence[int] | np.ndarray, size: int) -> Iterator[Labelled]:
-    """`square` of each of uint8 (N, H, W) or (N, H, W, 3), with its label."""
-    for image, label in zip(images, labels, strict=True):
-        yield square(Image.fromarray(image), size), int(label)
 
 
 def held_out(sha256: bytes, fraction: float) -> bool:

@@ -8,10 +8,14 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dcgan import storage
 from dcgan.config import Data
+from dcgan.data.decode import TRANSFORM
+from dcgan.data.records import Pixels
 from dcgan.data.sources import published
-from dcgan.data.sources.base import TRANSFORM, Opened, squares
+from dcgan.data.sources.base import Opened
 from dcgan.data.store import Description
 
 ADDRESSES = ("https://www.cs.toronto.edu/~kriz",)
@@ -42,13 +46,13 @@ def read(data: Data, downloads: Path) -> Opened:
     """
     from torchvision.datasets import CIFAR10  # seconds, needed by this data set alone
 
-    folder = _batches(data.source, downloads / "cifar10")
+    folder = _batches(data, downloads / "cifar10")
     files = [published.check(folder / name, md5) for name, md5 in FILES.items()]
     here = type("CIFAR10", (CIFAR10,), {"base_folder": folder.name})  # so that the directory may have any name
     train, test = here(folder.parent, train=True), here(folder.parent, train=False)
     return Opened(
         Description(data.name, tuple(train.classes), data.size, 3, TRANSFORM),
-        tuple((name, squares(part.data, part.targets, data.size)) for name, part in (("train", train), ("test", test))),
+        {name: Pixels(part.data, np.array(part.targets)) for name, part in (("train", train), ("test", test))},
         tuple(published.describe(file) for file in files),
     )
 
@@ -57,12 +61,12 @@ def _find(source: str) -> Path:
     return published.find(source, ["data_batch_1", f"{FOLDER}/data_batch_1", ARCHIVE])
 
 
-def _batches(source: str | None, downloads: Path) -> Path:
+def _batches(data: Data, downloads: Path) -> Path:
     """The directory of the batches: where they were found, or unpacked from the archive under `downloads`."""
-    if source is None or published.is_address(source):
-        found = published.fetch([source] if source else ADDRESSES, ARCHIVE, ARCHIVE_MD5, downloads)
+    if data.source is None or published.is_address(data.source):
+        found = published.fetch(ADDRESSES, ARCHIVE, ARCHIVE_MD5, downloads, data)
     else:
-        found = _find(source)
+        found = _find(data.source)
     if found.name != ARCHIVE:
         return found.parent
     published.check(found, ARCHIVE_MD5)

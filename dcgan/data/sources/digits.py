@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 
 from dcgan.config import Data
-from dcgan.data.sources.base import TRANSFORM, Opened, held_out, require_both, squares
+from dcgan.data.decode import TRANSFORM
+from dcgan.data.records import Pixels
+from dcgan.data.sources.base import Opened, held_out, require_both
 from dcgan.data.store import Description, SourceFile
 
 
@@ -29,9 +31,6 @@ def read(data: Data, downloads: Path) -> Opened:
     raw = images.tobytes() + bunch.target.astype("<i8").tobytes()
     return Opened(
         Description(data.name, tuple("0123456789"), data.size, 1, f"0..16 scaled to 0..255; {TRANSFORM}"),
-        tuple(
-            (split, squares(images[side], bunch.target[side], data.size))
-            for split, side in (("train", ~test), ("test", test))
-        ),
+        {split: Pixels(images[side], bunch.target[side]) for split, side in (("train", ~test), ("test", test))},
         (SourceFile("sklearn.datasets.load_digits", len(raw), hashlib.sha256(raw).hexdigest()),),
     )

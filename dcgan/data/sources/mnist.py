@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 
 from dcgan.config import Data
+from dcgan.data.decode import TRANSFORM
+from dcgan.data.records import Pixels
 from dcgan.data.sources import published
-from dcgan.data.sources.base import TRANSFORM, Opened, squares
+from dcgan.data.sources.base import Opened
 from dcgan.data.store import Description, SourceFile
 
 ADDRESSES = ("https://ossci-datasets.s3.amazonaws.com/mnist", "http://yann.lecun.com/exdb/mnist")
@@ -38,18 +40,13 @@ def read(data: Data, downloads: Path) -> Opened:
 
     data.source: a directory of the files, packed or not, or of `raw/` or `MNIST/raw/`; or a mirror of the .gz files.
     """
-    content = {name: _content(name, data.source, downloads / "mnist") for name in FILES}
+    content = {name: _content(name, data, downloads / "mnist") for name in FILES}
     return Opened(
         Description(data.name, tuple("0123456789"), data.size, 1, TRANSFORM),
-        tuple(
-            (
-                split,
-                squares(
-                    _idx(content[f"{stem}-images-idx3-ubyte"]), _idx(content[f"{stem}-labels-idx1-ubyte"]), data.size
-                ),
-            )
+        {
+            split: Pixels(_idx(content[f"{stem}-images-idx3-ubyte"]), _idx(content[f"{stem}-labels-idx1-ubyte"]))
             for split, stem in (("train", "train"), ("test", "t10k"))
-        ),
+        },
         tuple(SourceFile(name, len(raw), hashlib.sha256(raw).hexdigest()) for name, raw in content.items()),
     )
 
@@ -58,12 +55,12 @@ def _find(source: str, name: str) -> Path:
     return published.find(source, [f"{at}{name}{end}" for at in ("", "raw/", "MNIST/raw/") for end in (".gz", "")])
 
 
-def _content(name: str, source: str | None, downloads: Path) -> bytes:
+def _content(name: str, data: Data, downloads: Path) -> bytes:
     packed, unpacked = FILES[name]
-    if source is None or published.is_address(source):
-        path = published.fetch([source] if source else ADDRESSES, f"{name}.gz", packed, downloads)
+    if data.source is None or published.is_address(data.source):
+        path = published.fetch(ADDRESSES, f"{name}.gz", packed, downloads, data)
     else:
-        path = _find(source, name)
+        path = _find(data.source, name)
     if path.suffix == ".gz":
         return gzip.decompress(published.check(path, packed).read_bytes())
     return published.check(path, unpacked).read_bytes()

@@ -10,6 +10,7 @@ from pathlib import Path
 from urllib.request import Request, urlopen
 
 from dcgan import storage
+from dcgan.config import Data
 from dcgan.data.store import SourceFile
 
 log = logging.getLogger(__name__)
@@ -24,7 +25,7 @@ class DownloadError(OSError):
 
 def is_address(source: str) -> bool:
     """Whether `data.source` is an http(s) mirror rather than a directory."""
-    return source.startswith(("http://", "https://"))
+    return source.startswith(("http://", "https://", "s3://"))
 
 
 def find(source: str, candidates: Sequence[str]) -> Path:
@@ -56,12 +57,14 @@ def describe(path: Path) -> SourceFile:
     return SourceFile(path.name, path.stat().st_size, storage.sha256(path))
 
 
-def fetch(addresses: Sequence[str], name: str, md5: str, folder: Path) -> Path:
+def fetch(addresses: Sequence[str], name: str, md5: str, folder: Path, data: Data) -> Path:
     """`folder/name`, downloaded from the first address that gives the published bytes, unless it is there already.
 
-    addresses: http(s) directories. Raises DownloadError when all of them failed twice.
+    addresses: http(s) directories; the mirror `data.source`, if it is given, stands in their place.
+    Raises DownloadError when all of them failed twice.
     """
     path, problems = folder / name, []
+    addresses = [data.source] if data.source else addresses
     if path.exists():
         try:
             return check(path, md5)

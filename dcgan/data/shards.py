@@ -1,0 +1,152 @@
+"""One shard, made once: the images of a stretch of a split, decoded into one .npy, with a record of what is in it.
+
+`make` is what the processes of an ingestion run, in any order and number. The shard is renamed into place first and its
+record after it, so a shard without a record, or with one that differs, was interrupted and is made again.
+"""
+
+import hashlib
+import json
+import os
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from dcgan import storage
+from dcgan.data.decode import UnreadableError, decode, square
+from dcgan.data.records import Item, Records
+
+BYTES = 2**26  # of a shard at most: what a process holds in memory, and one upload; 4,096 images at 64 px RGB
+BLOCK = 64  # images whose statistics are computed at once
+
+
+def images_per_shard(channels: int, size: int) -> int:
+    """The largest power of two of images that fits in BYTES."""
+    return 1 << (BYTES // (channels * size * size)).bit_length() - 1
+
+
+@dataclass(frozen=True)
+class Job:
+    """A shard to make: `<split>-<number>.npy` in `directory`, from `records`, which know nothing of other shards.
+
+    labels: how many classes there are; 0: no image has a label. skip: leave out images that can't be decoded.
+    """
+
+    directory: Path
+    split: str
+    number: int
+    records: Records
+    size: int
+    channels: int
+    labels: int
+    skip: bool
+
+    @property
+    def path(self) -> Path:
+        return self.directory / f"{self.split}-{self.number:05d}.npy"
+
+    @property
+    def record(self) -> Path:
+        return self.path.with_suffix(".json")
+
+
+def read(job: Job) -> dict[str, Any]:
+    """The record of a shard that has been made."""
+    record: dict[str, Any] = json.loads(job.record.read_bytes())
+    return record
+
+
+def made(job: Job) -> bool:
+    """Whether the shard is there and has the hash that was recorded."""
+    try:
+        return storage.sha256(job.path) == read(job)["sha256"]
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def make(job: Job) -> dict[str, Any]:
+    """Make the shard and return its record, which is also beside it.
+
+    bytes, sha256: of the file. labels: of its images, in order. sums, squares: of each channel's pixels, exact.
+    skipped: [name, reason] of images left out. Raises ValueError, naming the image, if one can't be used.
+    """
+    images = np.empty((len(job.records), job.channels, job.size, job.size), np.uint8)
+    labels: list[int] = []
+    skipped: list[tuple[str, str]] = []
+    for item in job.records:
+        try:
+            images[len(labels)] = _image(job, item)
+        except UnreadableError as error:
+            if not job.skip:
+                hint = "remove it, or set data.unreadable=skip"
+                raise ValueError(f"{item.where} can't be decoded ({error}): {hint}") from error
+            skipped.append((item.name, str(error)))
+            continue
+        labels.append(_label(job, item))
+    images = images[: len(labels)]
+    record = {
+        **write_array(job.path, images),
+        "labels": labels,
+        "skipped": skipped,
+        **statistics(images),
+    }
+    storage.write_json(job.record, record)
+    return record
+
+
+def _image(job: Job, item: Item) -> np.ndarray:
+    if isinstance(item.image, bytes):
+        return decode(item.image, job.size, job.records.exif)
+    from PIL import Image
+
+    return square(Image.fromarray(item.image), job.size)
+
+
+def _label(job: Job, item: Item) -> int:
+    allowed = range(job.labels) if job.labels else range(-1, 0)
+    if item.label not in allowed:
+        raise ValueError(f"{item.where} has label {item.label}; allowed are {allowed.start} to {allowed.stop - 1}")
+    return item.label
+
+
+class _Hashed:
+    """A file that is hashed as it is written, so that a shard is not read again for its hash."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.hash, self.bytes = file, hashlib.sha256(), 0
+
+    def write(self, content: bytes | memoryview) -> int:
+        self.hash.update(content)
+        self.bytes += memoryview(content).nbytes
+        return self.file.write(content)
+
+
+def write_array(path: Path, array: np.ndarray) -> dict[str, Any]:
+    """Write an .npy file aside, put it on the disk, rename it into place; its length and hash."""
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with aside.open("wb") as file:
+            hashed = _Hashed(file)
+            np.lib.format.write_array_header_1_0(hashed, np.lib.format.header_data_from_array_1_0(array))
+            hashed.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+    return {"bytes": hashed.bytes, "sha256": hashed.hash.hexdigest()}
+
+
+def statistics(images: np.ndarray) -> dict[str, list[int]]:
+    """Sum and sum of squares of the pixels of each channel of uint8 (N, C, H, W), exact.
+
+    float32 is fast and exact here: a row of up to 128 squares is below 2^24. Exact sums are the same on any machine.
+    """
+    sums, squares = np.zeros(images.shape[1]), np.zeros(images.shape[1])
+    for start in range(0, len(images), BLOCK):
+        pixels = images[start : start + BLOCK].astype(np.float32)
+        sums += pixels.sum(-1).sum((0, 2), dtype=np.float64)
+        squares += np.square(pixels, out=pixels).sum(-1).sum((0, 2), dtype=np.float64)
+    return {"sums": [int(value) for value in sums], "squares": [int(value) for value in squares]}
