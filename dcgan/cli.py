@@ -106,6 +106,22 @@ def sync(chosen: argparse.Namespace) -> None:
     print(f"to run {sent.run_id} of {sent.url or tracking.without_password(tracking.uri(run.home))}")
 
 
+def data(chosen: argparse.Namespace) -> None:
+    from dcgan.data import catalogue
+
+    home = config.default_home()
+    if chosen.action == "list":
+        print(catalogue.table(home))
+    elif chosen.action == "verify":
+        for path in catalogue.chosen(home, chosen.stores):
+            print(catalogue.verify(path), flush=True)
+    else:
+        (path,) = catalogue.chosen(home, chosen.stores)
+        print(catalogue.describe(path))
+        catalogue.show(path, chosen.count, chosen.out)
+        print(f"\n{chosen.count} images of each split in {chosen.out}")
+
+
 def _train(run: Run) -> None:
     from dcgan import stages, summary, tables
 
@@ -194,6 +210,7 @@ def _parser() -> Parser:
         )
         command.set_defaults(command=function)
     _add_sample(commands)
+    _add_data(commands)
     command = commands.add_parser("sync", help="deliver to MLflow what it lacks")
     command.add_argument("run", metavar="RUN", help="a run directory, or a run's name")
     command.set_defaults(command=sync)
@@ -209,6 +226,19 @@ def _add_sample(commands: "argparse._SubParsersAction[Parser]") -> None:
     command.add_argument("--seed", type=_at_least(0), default=0, help="of z (default %(default)s)")
     command.add_argument("--out", type=Path, default=Path("grid.png"), help="the PNG (default %(default)s)")
     command.set_defaults(command=sample)
+
+
+def _add_data(commands: "argparse._SubParsersAction[Parser]") -> None:
+    command = commands.add_parser("data", help="list, verify or show the image stores of this home")
+    actions = command.add_subparsers(title="actions", metavar="ACTION", required=True, dest="action")
+    actions.add_parser("list", help="fingerprint, data set, size, images, bytes and origin of each store")
+    verify = actions.add_parser("verify", help="read every byte again and compare it with its hash")
+    verify.add_argument("stores", metavar="STORE", nargs="*", help="fingerprints, or beginnings of them; all if none")
+    show = actions.add_parser("show", help="describe a store and draw a contact sheet of it")
+    show.add_argument("stores", metavar="STORE", nargs=1, help="a fingerprint, or the beginning of one")
+    show.add_argument("--count", type=_at_least(1), default=64, help="images of each split (default %(default)s)")
+    show.add_argument("--out", type=Path, default=Path("sheet.png"), help="the PNG (default %(default)s)")
+    command.set_defaults(command=data)
 
 
 def _at_least(least: int) -> Callable[[str], int]:

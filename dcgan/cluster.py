@@ -12,14 +12,17 @@ import secrets
 import signal
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dcgan.config import Compute
 
 log = logging.getLogger(__name__)
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
 
 COLLECTIVE_TIMEOUT = 600  # seconds until a hung peer counts as dead: as long as Ray's own health check waits
 OBJECT_STORE = 2**27  # bytes; no image and no tensor passes through Ray, whose default is 30 % of the memory
@@ -70,6 +73,39 @@ def launch(function: Callable[..., None], arguments: tuple, compute: Compute, ho
                 if not (isinstance(cause, RayActorError) and attempts_left):
                     raise WorkerError(f"Ray's controller failed: {type(cause).__name__}: {cause}") from error
                 log.warning("a worker died while the workers were starting; starting them again")
+
+
+def scatter(
+    function: Callable[[Job], Result], jobs: Sequence[Job], home: Path, concurrency: int | None = None
+) -> Iterator[Result]:
+    """`function` of each job, in whatever order they end: Ray Data, a processor and a process a job.
+
+    Jobs and results are pickled; both are small, what is large goes through files. A job whose process dies is done
+    again. concurrency: processes at most; None: every processor of the machine or the cluster. Raises what `function`
+    raised; other jobs are stopped then.
+    """
+    with session(home, 1):
+        import ray
+        from ray.data import DataContext
+
+        context = DataContext.get_current()
+        context.enable_progress_bars = False
+        context.print_on_execution_start = False
+        context.enable_operator_progress_bars = False
+        logging.getLogger("ray.data").setLevel(logging.WARNING)
+        rows = [{"job": job} for job in jobs]
+
+        def work(row: dict[str, Any]) -> dict[str, Any]:
+            try:
+                return {"result": function(row["job"]), "error": None}
+            except (OSError, RuntimeError, *REPEATS) as error:  # Ray Data would wrap it beyond recognition
+                return {"result": None, "error": error}
+
+        data = ray.data.from_items(rows, override_num_blocks=len(rows)).map(work, num_cpus=1, concurrency=concurrency)
+        for row in data.iter_rows():
+            if row["error"] is not None:
+                raise row["error"]
+            yield row["result"]
 
 
 @contextmanager

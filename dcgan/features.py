@@ -10,7 +10,7 @@ training its running statistics mix real and generated images.
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,7 @@ from dcgan.run import Run
 
 POOL = 4  # paper, section 5.1: each layer's maps are pooled to a 4x4 grid
 BATCH = 250  # divides the published data sets' sizes, so that calibration sees every image
-SPLITS = ("train", "test")
+CALIBRATION = 60_000  # images at most: every one of the published tables' data sets, a fiftieth of LSUN
 
 
 class Extractor(nn.Module):
@@ -60,7 +60,7 @@ def calibrate(discriminator: Discriminator, store: Store, device: torch.device) 
         norm.reset_running_stats()
         norm.momentum = None  # PyTorch's cumulative average
     extractor = Extractor(discriminator.train())
-    for images in _images(store, "train", device, shuffle=True):
+    for images in _images(store, store.training, device, shuffle=True, most=CALIBRATION):
         if len(images) > 1:  # a single image has no variance
             extractor(images)
     for norm, momentum in zip(norms, momenta, strict=True):
@@ -71,7 +71,8 @@ def calibrate(discriminator: Discriminator, store: Store, device: torch.device) 
 def extract(run: Run) -> None:
     """Write the feature banks of the chosen checkpoint and of a random initialisation, and the exported weights.
 
-    Banks that are there already, of the same checkpoint, are kept; those of another checkpoint are removed.
+    Banks that are there already, of the same checkpoint, are kept; those of another checkpoint are removed. Where no
+    image has a label nothing is scored, and the banks have no arrays.
     """
     store, directory = run.store(), checkpoint.chosen(run)
     device = torch.device("cuda" if torch.cuda.is_available() and run.experiment.compute.device != "cpu" else "cpu")
@@ -102,7 +103,7 @@ def _untrained(run: Run, store: Store) -> tuple[Generator, Discriminator, None]:
 @torch.no_grad()
 def _write_bank(bank: Path, extractor: Extractor, store: Store, device: torch.device, metadata: dict) -> None:
     with storage.staging(bank.parent) as staged:
-        for split in SPLITS:
+        for split in store.scored:
             count = store.count(split)
             arrays = [
                 np.lib.format.open_memmap(
@@ -111,7 +112,7 @@ def _write_bank(bank: Path, extractor: Extractor, store: Store, device: torch.de
                 for layer, channels in enumerate(extractor.discriminator.channels)
             ]
             done = 0
-            for images in _images(store, split, device):
+            for images in _images(store, (split,), device):
                 for array, layer in zip(arrays, extractor.layers(images), strict=True):
                     array[done : done + len(images)] = layer.cpu().numpy()
                 done += len(images)
@@ -121,11 +122,13 @@ def _write_bank(bank: Path, extractor: Extractor, store: Store, device: torch.de
         storage.publish(staged, bank)
 
 
-def _images(store: Store, split: str, device: torch.device, shuffle: bool = False) -> Iterator[Tensor]:
-    """A split's images in order, or in one fixed shuffled order, normalised, a batch at a time."""
-    source = Batches(store, split, 1, 0, Place(0, 1, torch.device("cpu")))
-    order = source.permutation(0) if shuffle else np.arange(source.count)
-    for start in range(0, source.count, BATCH):
+def _images(
+    store: Store, splits: Sequence[str], device: torch.device, shuffle: bool = False, most: int | None = None
+) -> Iterator[Tensor]:
+    """The splits' images in order, or `most` in one fixed shuffled order, normalised, a batch at a time."""
+    source = Batches(store, splits, 1, 0, Place(0, 1, torch.device("cpu")))
+    order = (source.permutation(0) if shuffle else np.arange(source.count))[:most]
+    for start in range(0, len(order), BATCH):
         images = torch.from_numpy(source.gather(order[start : start + BATCH]))
         yield normalise(images.to(device), channels_last=False)
 

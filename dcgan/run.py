@@ -38,11 +38,15 @@ class Run:
     def create(cls, experiment: Experiment, store: Store) -> "Run":
         """The run of this experiment on this store: a new directory, or the one that is already there.
 
-        The name is a function of data, model, training and images, so the same command finds its run again;
-        `compute` and `evaluate` may differ from last time and are stored anew.
+        The name is a function of data, model, training and images, so the same command finds its run again, here or
+        at `data.remote`; `compute` and `evaluate` may differ from last time and are stored anew.
         """
         name = f"{store.dataset}-{digest([experiment.identity(), store.fingerprint])}"
         run = cls(experiment.home / "runs" / name, experiment, store.fingerprint)
+        if experiment.data.remote:
+            from dcgan import mirror
+
+            mirror.pull_run(run.path, experiment.data.remote)
         recorded = {"experiment": experiment.model_dump(mode="json"), "fingerprint": store.fingerprint}
         storage.write_json(run.path / "experiment.json", recorded)
         return run
@@ -78,6 +82,15 @@ class Run:
         return self.path / "features"
 
     def store(self, verify: bool = False) -> Store:
+        """The run's images, copied from `data.remote` first if they are not here."""
+        data, path = self.experiment.data, self.home / "stores" / self.fingerprint
+        if data.remote:
+            from dcgan import mirror
+
+            if path.exists():
+                mirror.touch(path)
+            else:
+                mirror.pull_store(self.home, data.remote, self.fingerprint, data.cache_gb)
         return Store.open(self.home, self.fingerprint, verify)
 
     def metrics(self) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ image store, does nothing where its result is already there, and can be run agai
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 
 from dcgan import storage
 from dcgan.config import Experiment, Protocol
+from dcgan.data.store import Store
 from dcgan.run import Run, read_lines
 
 log = logging.getLogger(__name__)
@@ -30,16 +31,29 @@ def ingest(experiment: Experiment) -> Run:
     Raises ValueError, before any image is read where possible, if the images or the settings don't fit each other.
     """
     from dcgan.data import ingest as data
-    from dcgan.data.store import Store
 
-    store = Store.open(experiment.home, data.ingest(experiment.data, experiment.home, verify=True))
-    if store.count("train") < experiment.train.batch_size:
+    make = data.by_threads if experiment.compute.workers == 0 else _by_ray(experiment.home)
+    store = Store.open(experiment.home, data.ingest(experiment.data, experiment.home, verify=True, maker=make))
+    if (count := store.count(*store.training)) < experiment.train.batch_size:
+        raise ValueError(f"train.batch_size={experiment.train.batch_size} exceeds the {count} training images")
+    alone = [name for name in experiment.evaluate.protocols if name != "clustering"]
+    if store.classes and "test" not in store.splits and alone:
         raise ValueError(
-            f"train.batch_size={experiment.train.batch_size} exceeds the {store.count('train')} training images"
+            f"evaluate.protocols={', '.join(alone)} need test images, and {store.dataset} has none: "
+            "set evaluate.protocols=[clustering]"
         )
-    if experiment.model.conditional and not store.classes:
+    if experiment.model.conditional and (store.labels(*store.training) < 0).any():
         raise ValueError("model.conditional=true needs images with labels; these have none")
     return Run.create(experiment, store)
+
+
+def _by_ray(home: Path) -> Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[Any]]:
+    def make(function: Callable[[Any], Any], jobs: Sequence[Any]) -> Iterator[Any]:
+        from dcgan import cluster
+
+        return cluster.scatter(function, jobs, home)
+
+    return make
 
 
 def train(run: Run, progress: Progress | None = None) -> None:
@@ -49,7 +63,7 @@ def train(run: Run, progress: Progress | None = None) -> None:
     Raises DivergedError, what the worker raised, or, before anything starts, BusyError, IncompatibleError or
     CorruptError.
     """
-    from dcgan import checkpoint, tracking
+    from dcgan import checkpoint, mirror, tracking
 
     with run.lock():  # held by the worker once it runs; here it tells early that another process trains this run
         newest = checkpoint.latest(run)
@@ -57,7 +71,7 @@ def train(run: Run, progress: Progress | None = None) -> None:
         checkpoint.check_fits(newest, run)
         if int(newest.name) >= run.experiment.train.steps:
             return
-    with tracking.follow(run), _progress(run, progress):
+    with mirror.follow(run.path, run.experiment.data.remote), tracking.follow(run), _progress(run, progress):
         if run.experiment.compute.workers == 0:
             train_here(str(run.path))
         else:
@@ -149,14 +163,24 @@ def evaluate(run: Run, protocol: Protocol) -> dict[str, dict[str, float]]:
     if {key: known.get(key) for key in described} == described:
         return known["scores"]
     began = time.perf_counter()
-    train_y, test_y = store.labels("train"), store.labels("test")
+    labels = {split: _labels(store, split, protocol) for split in store.scored}
     scores = {}
     for name in REPRESENTATIONS:
-        train_x, test_x = (_representation(run, name, step, split) for split in ("train", "test"))
-        scores[name] = EVALUATORS[protocol](train_x, train_y, test_x, test_y, settings)
+        features = {split: _representation(run, name, step, split) for split in labels}
+        if "test" not in labels:  # a data set of one split, which is clustered whole
+            features["test"], labels["test"] = features["train"][:0], labels["train"][:0]
+        scores[name] = EVALUATORS[protocol](
+            features["train"], labels["train"], features["test"], labels["test"], settings
+        )
     content = {**described, "seconds": time.perf_counter() - began, "scores": scores}
     storage.write_json(run.path / "scores" / f"{protocol}.json", content)
     return scores
+
+
+def _labels(store: Store, split: str, protocol: Protocol) -> np.ndarray:
+    """int64 (N,): classes, and for clustering superclasses where there are such, as CIFAR-100's figures are of 20."""
+    labels = store.labels(split)
+    return store.superclass_of[labels] if protocol == "clustering" and len(store.superclass_of) else labels
 
 
 def _representation(run: Run, name: str, step: int, split: str) -> np.ndarray:
@@ -174,8 +198,8 @@ def report(run: Run) -> Path:
 
     If MLflow can't be reached, a warning says so and nothing is lost: `dcgan sync`, or the next run, delivers it.
     """
+    from dcgan import mirror, tracking
     from dcgan import report as page
-    from dcgan import tracking
 
     tracking.start(run)
     file = page.write(run)
@@ -184,6 +208,8 @@ def report(run: Run) -> Path:
     except tracking.TrackingError as error:
         log.warning("%s; `dcgan sync %s` delivers the run when it is back", error, run.name)
     tracking.finish(run, "FINISHED")
+    if run.experiment.data.remote:
+        mirror.push_run(run.path, run.experiment.data.remote)
     return file
 
 

@@ -128,8 +128,13 @@ def discard(directory: Path) -> None:
 
 
 def fingerprint(directory: Path) -> str:
-    """The first 16 hex digits of the manifest's SHA-256: it covers every byte, through the hashes in the manifest."""
-    return sha256(directory / MANIFEST)[:16]
+    """The `digest` of the manifest: it covers every byte, through the hashes in the manifest."""
+    return digest((directory / MANIFEST).read_bytes())
+
+
+def digest(manifest: bytes) -> str:
+    """The first 16 hex digits of the SHA-256."""
+    return hashlib.sha256(manifest).hexdigest()[:16]
 
 
 def read_manifest(directory: Path, hashes: bool = True) -> dict[str, Any]:

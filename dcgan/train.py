@@ -49,7 +49,7 @@ def train(run: Run) -> None:
     with distributed.join(run.experiment.compute.device) as place, run.lock() if place.first else nullcontext():
         # Announce what this run is.
         store = run.store(verify=place.first)
-        data = Batches(store, "train", settings.batch_size, settings.seed, place)
+        data = Batches(store, store.training, settings.batch_size, settings.seed, place)
         game = _start(run, store, place)
         newest = checkpoint.latest(run) if place.first else None
         start = _resume(run, game, newest, place)
@@ -218,9 +218,10 @@ def _draw_grid(run: Run, game: Game, store: Store, step: int, place: Place) -> N
 
 def _validate(run: Run, game: Game, store: Store, place: Place) -> float:
     """Sliced Wasserstein distance between training images and as many drawn from fixed z."""
-    count = min(wasserstein.IMAGES, store.count("train"))
-    rows = np.sort(batches.permutation(store.count("train"), run.experiment.train.seed, 0)[:count])
-    source = Batches(store, "train", count, 0, Place(0, 1, torch.device("cpu")))
+    available = store.count(*store.training)
+    count = min(wasserstein.IMAGES, available)
+    rows = np.sort(batches.permutation(available, run.experiment.train.seed, 0)[:count])
+    source = Batches(store, store.training, count, 0, Place(0, 1, torch.device("cpu")))
     labels = torch.from_numpy(source.labels[rows]) if run.experiment.model.conditional else None
     model = run.experiment.model
     z = torch.from_numpy(batches.noise(model.z, (count, model.z_dim), run.experiment.train.seed, 2**63))

@@ -15,6 +15,7 @@ from pathlib import Path
 import hypothesis
 import numpy as np
 import pytest
+from fabricated import write_store
 
 from dcgan.config import build
 from dcgan.data import store
@@ -71,5 +72,4 @@ def _make_store(
         ]
         for split, count in (("train", train), ("test", test))
     }
-    description = store.Description("random", names, size, channels, "none")
-    return store.Store.open(home, store.write(home, description, splits.items(), ()))
+    return write_store(home, store.Description("random", names, size, channels, "none"), splits)

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +10,44 @@ import torch
 
 from dcgan import checkpoint, models, pictures, storage
 from dcgan.config import build
-from dcgan.data.store import Store
+from dcgan.data import shards
+from dcgan.data.ingest import assemble
+from dcgan.data.records import Pixels
+from dcgan.data.sources.base import Opened
+from dcgan.data.store import Description, SourceFile, Store
 from dcgan.distributed import Place
 from dcgan.run import Run
 from dcgan.step import Game
+
+
+def write_store(
+    home: Path,
+    description: Description,
+    splits: Mapping[str, Sequence[tuple[np.ndarray, int]]],
+    sources: Sequence[SourceFile] = (),
+    shard_images: int | None = None,
+) -> Store:
+    """A store of (uint8 image (C, H, W), label) pairs, label -1 for none."""
+    records = {
+        name: _pixels([image for image, _ in pairs], [label for _, label in pairs]) for name, pairs in splits.items()
+    }
+    directory = home / "stores" / ".ingest-fabricated"
+    directory.mkdir(parents=True, exist_ok=True)
+    opened = Opened(description, records, tuple(sources))
+    return Store.open(home, assemble(opened, home, directory, shard_images=shard_images))
+
+
+def _pixels(images: Sequence[np.ndarray], labels: Sequence[int]) -> Pixels:
+    rows = [image[0] if len(image) == 1 else image.transpose(1, 2, 0) for image in images]
+    return Pixels(np.array(rows), np.array(labels, np.int64))
+
+
+def decoded(opened: Opened) -> dict[str, list[tuple[np.ndarray, int]]]:
+    """What the shards of a source would hold: (uint8 (C, size, size), label) of every image, by split."""
+    return {
+        split: [(shards.pixels(item, opened.description.size, records.exif), item.label) for item in records]
+        for split, records in opened.splits.items()
+    }
 
 
 def new_run(home: Path, overrides: Sequence[str] = (), preset: str = "digits") -> Run:

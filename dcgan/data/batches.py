@@ -4,7 +4,7 @@ So a resumed run needs no saved generator state, and the ranks' batches together
 """
 
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -44,18 +44,18 @@ class Batches:
     Iterating gives (images uint8 (n, C, H, W), labels int64 (n,)) on the rank's device, n = batch_size / world; an
     incomplete last batch of an epoch is left out. On a GPU that has room the images live there; otherwise one thread
     gathers them from the memory maps ahead of time, into pinned memory if they go to a GPU.
-    Raises ValueError if the split holds fewer images than one batch.
+    splits: whose images these are, one after the other. Raises ValueError if they hold fewer images than one batch.
     """
 
-    def __init__(self, store: Store, split: str, batch_size: int, seed: int, place: Place) -> None:
-        self.count = store.count(split)
+    def __init__(self, store: Store, splits: Sequence[str], batch_size: int, seed: int, place: Place) -> None:
+        self.count = store.count(*splits)
         if self.count < batch_size:
-            raise ValueError(f"train.batch_size={batch_size} exceeds the {self.count} images of split {split!r}")
+            raise ValueError(f"train.batch_size={batch_size} exceeds the {self.count} images of {', '.join(splits)}")
         self.batch_size, self.seed, self.place = batch_size, seed, place
         self.share = share(batch_size, place.world)
-        self.shards = store.shards(split)
+        self.shards = store.shards(*splits)
         self.starts = np.cumsum([0, *(len(shard) for shard in self.shards)])
-        self.labels = store.labels(split)
+        self.labels = store.labels(*splits)
         self._epoch, self._order = -1, np.empty(0, np.int64)
 
     def rows(self, step: int) -> np.ndarray:

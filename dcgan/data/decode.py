@@ -2,7 +2,6 @@
 
 import io
 import struct
-from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -33,9 +32,14 @@ def decode(raw: bytes, size: int, exif: bool = False) -> np.ndarray:
                 raise UnreadableError(f"{image.width} x {image.height} pixels are more than Pillow's limit of {limit}")
             if image.mode[0] in "IF":  # Pillow would clip it to white instead of scaling it
                 raise UnreadableError(f"mode {image.mode}: more than 8 bits a channel")
+            whole = image.size
             image.draft("RGB", (REDUCED * size, REDUCED * size))
+            scale = round(whole[0] / image.width)  # 1, 2, 4 or 8; libjpeg rounds the last pixel up
             turned = ImageOps.exif_transpose(image) if exif else image
-            return square(turned if turned.mode == "RGB" else turned.convert("RGB"), size)
+            if (turned.width < turned.height) != (whole[0] < whole[1]):
+                whole = whole[::-1]
+            rgb = turned if turned.mode == "RGB" else turned.convert("RGB")
+            return square(rgb, size) if scale == 1 else _reduced_square(rgb, size, whole, scale)
     except UnreadableError:
         raise
     except UnidentifiedImageError as error:
@@ -55,8 +59,17 @@ def square(image: Image.Image, size: int) -> np.ndarray:
         image = image.crop((left, top, left + side, top + side))
     if side != size:
         image = image.resize((size, size), Image.Resampling.BILINEAR)
+    return _planes(image)
+
+
+def _reduced_square(image: Image.Image, size: int, whole: tuple[int, int], scale: int) -> np.ndarray:
+    """`square` of an image of `whole` pixels that was decoded at 1 / `scale`: the same stretch of it, to a fraction."""
+    side = min(whole)
+    left, top = round((whole[0] - side) / 2), round((whole[1] - side) / 2)
+    box = (left / scale, top / scale, (left + side) / scale, (top + side) / scale)
+    return _planes(image.resize((size, size), Image.Resampling.BILINEAR, box=box))
+
+
+def _planes(image: Image.Image) -> np.ndarray:
     pixels = np.asarray(image)
-    return np.ascontiguousarray(pixels.reshape(size, size, -1).transpose(2, 0, 1))
-
-
-Decoder = Callable[[bytes, int], np.ndarray]
+    return np.ascontiguousarray(pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1))

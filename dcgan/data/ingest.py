@@ -30,6 +30,7 @@ from dcgan.data.sources.base import Opened
 log = logging.getLogger(__name__)
 
 LOG_EVERY = 5  # seconds
+MANY = 16  # shards to decode from which on another process each is worth the ten seconds that Ray takes to start
 Maker = Callable[[Callable[[Job], dict[str, Any]], Sequence[Job]], Iterator[dict[str, Any]]]
 
 
@@ -51,7 +52,7 @@ def ingest(data: Data, home: Path, verify: bool = False, maker: Maker = by_threa
     `home/stores/index` remembers which input gave which store. Input that is unchanged, by the settings and the
     source's own cheap signature, returns at once if its store is there with the right lengths (the right bytes, with
     `verify`); a store that is gone or damaged is made again. Downloads go to `home/downloads`. `maker` runs the jobs
-    where images are to be decoded and there are more than a shard. Raises what `base.Source` says, ValueError for an
+    where MANY shards are to be decoded. Raises what `base.Source` says, ValueError for an
     image that can't be used (no store is left behind then), and BusyError if another process ingests the same.
     """
     source = SOURCES[data.name]
@@ -63,25 +64,64 @@ def ingest(data: Data, home: Path, verify: bool = False, maker: Maker = by_threa
     }
     key = hashlib.sha256(storage.dump_json(given).encode()).hexdigest()[:16]
     index = home / "stores" / "index" / f"{key}.json"
+    if data.remote:
+        _copy_known(data, home, key, index)
     if fingerprint := _known(index, home, verify):
+        if data.remote:
+            _publish(data.remote, home, fingerprint, key, index)
         return fingerprint
     with _working(home, key) as directory:
         opened = source.read(data, home / "downloads")
-        fingerprint = assemble(opened, data, home, directory, maker)
-    storage.write_json(index, {"input": given, "fingerprint": fingerprint})
+        fingerprint = assemble(
+            opened, home, directory, maker, skip=data.unreadable == "skip", deduplicate=data.deduplicate
+        )
+    storage.write_json(index, {"fingerprint": fingerprint})
     log.info("%s: image store %s", data.name, fingerprint)
+    if data.remote:
+        _publish(data.remote, home, fingerprint, key, index)
     return fingerprint
+
+
+def _copy_known(data: Data, home: Path, key: str, index: Path) -> None:
+    """Copy the store that this input gave, here or elsewhere, from the remote, if it is there and not here."""
+    from dcgan import mirror
+
+    assert data.remote is not None
+    fingerprint = _recorded(index) or mirror.read_index(data.remote, key)
+    if fingerprint is None:
+        return
+    there = (home / "stores" / fingerprint).exists()
+    if there or mirror.pull_store(home, data.remote, fingerprint, data.cache_gb):
+        storage.write_json(index, {"fingerprint": fingerprint})
+
+
+def _publish(remote: str, home: Path, fingerprint: str, key: str, index: Path) -> None:
+    from dcgan import mirror
+
+    mirror.push_store(home, remote, fingerprint)
+    if mirror.read_index(remote, key) != fingerprint:
+        mirror.write_index(remote, key, index)
 
 
 def _known(index: Path, home: Path, verify: bool) -> str | None:
     """The fingerprint of the store that this input gave before, if that store is sound."""
+    fingerprint = _recorded(index)
+    if fingerprint is None:
+        return None
+    try:
+        return store.Store.open(home, fingerprint, verify).fingerprint
+    except (FileNotFoundError, storage.CorruptError) as error:
+        log.warning("ingesting again: %s", error)
+        return None
+
+
+def _recorded(index: Path) -> str | None:
     if not index.exists():
         return None
     try:
-        recorded: Any = json.loads(index.read_bytes())
-        return store.Store.open(home, recorded["fingerprint"], verify).fingerprint
-    except (ValueError, KeyError, TypeError, FileNotFoundError, storage.CorruptError) as error:
-        log.warning("ingesting again: %s", error)
+        return str(json.loads(index.read_bytes())["fingerprint"])
+    except (ValueError, KeyError, TypeError) as error:
+        log.warning("ingesting again: %s is damaged: %s", index, error)
         return None
 
 
@@ -90,7 +130,8 @@ def _working(home: Path, key: str) -> Iterator[Path]:
     """The directory in which this input's shards are made: kept by a kill, removed by a refusal of the input."""
     directory = home / "stores" / f".ingest-{key}"
     directory.mkdir(parents=True, exist_ok=True)
-    with (directory.parent / f".ingest-{key}.lock").open("a+") as lock:
+    (index := home / "stores" / "index").mkdir(exist_ok=True)
+    with (index / f"{key}.lock").open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -103,31 +144,45 @@ def _working(home: Path, key: str) -> Iterator[Path]:
 
 
 def assemble(
-    opened: Opened, data: Data, home: Path, directory: Path, maker: Maker = by_threads, shard_images: int | None = None
+    opened: Opened,
+    home: Path,
+    directory: Path,
+    maker: Maker = by_threads,
+    skip: bool = False,
+    deduplicate: bool = False,
+    shard_images: int | None = None,
 ) -> str:
-    """Make every shard that `directory` lacks, publish it as a store under `home`, and return its fingerprint."""
-    images = shard_images or shards.images_per_shard(opened.description.channels, data.size)
-    jobs = list(_jobs(opened, data, directory, images))
+    """Make every shard that `directory` lacks, publish it as a store under `home`, and return its fingerprint.
+
+    skip: leave out images that can't be decoded. deduplicate: keep one of each group of training images that are
+    nearly the same. shard_images: by default as many as `shards.BYTES` hold.
+    """
+    about = opened.description
+    images = shard_images or shards.images_per_shard(about.channels, about.size)
+    jobs = list(_jobs(opened, directory, images, skip))
     _require_space(directory, opened)
     missing = [job for job in jobs if not shards.made(job)]
     if len(missing) < len(jobs):
-        log.info("%s: %d of %d shards were made before", data.name, len(jobs) - len(missing), len(jobs))
-    decoding = len(missing) > 1 and any(job.records.encoded for job in missing)
-    made = (maker if decoding else by_threads)(shards.make, missing)
-    for record in _logged(data.name, missing, made):
-        log.debug("%s: a shard of %d images", data.name, len(record["labels"]))
+        log.info("%s: %d of %d shards were made before", about.dataset, len(jobs) - len(missing), len(jobs))
+    many = len([job for job in missing if job.records.encoded]) >= MANY
+    for _ in _logged(about.dataset, missing, (maker if many else by_threads)(shards.make, missing)):
+        pass
+    removed = 0
+    if deduplicate:
+        from dcgan.data import pruning  # torch
+
+        removed = pruning.prune(directory, [job for job in jobs if job.split in about.training])
     splits = {name: [shards.read(job) for job in jobs if job.split == name] for name in opened.splits}
     for name, reason in [pair for records in splits.values() for record in records for pair in record["skipped"]]:
         log.warning("%s skipped: %s", name, reason)
-    return store.finish(home, directory, opened.description, splits, opened.sources)
+    return store.finish(home, directory, about, splits, opened.sources, removed)
 
 
-def _jobs(opened: Opened, data: Data, directory: Path, shard_images: int) -> Iterator[Job]:
+def _jobs(opened: Opened, directory: Path, shard_images: int, skip: bool) -> Iterator[Job]:
     about = opened.description
     for split, records in opened.splits.items():
         for number in range(math.ceil(len(records) / shard_images)):
             part = records.part(number * shard_images, min((number + 1) * shard_images, len(records)))
-            skip = data.unreadable == "skip"
             yield Job(directory, split, number, part, about.size, about.channels, len(about.classes), skip)
 
 

@@ -4,17 +4,16 @@
 record after it, so a shard without a record, or with one that differs, was interrupted and is made again.
 """
 
-import hashlib
 import json
-import os
-import secrets
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from dcgan import storage
+from dcgan.data import store
 from dcgan.data.decode import UnreadableError, decode, square
 from dcgan.data.records import Item, Records
 
@@ -31,7 +30,7 @@ def images_per_shard(channels: int, size: int) -> int:
 class Job:
     """A shard to make: `<split>-<number>.npy` in `directory`, from `records`, which know nothing of other shards.
 
-    labels: how many classes there are; 0: no image has a label. skip: leave out images that can't be decoded.
+    labels: how many classes there are. skip: leave out images that can't be decoded.
     """
 
     directory: Path
@@ -77,17 +76,22 @@ def make(job: Job) -> dict[str, Any]:
     skipped: list[tuple[str, str]] = []
     for item in job.records:
         try:
-            images[len(labels)] = _image(job, item)
+            image = pixels(item, job.size, job.records.exif)
         except UnreadableError as error:
             if not job.skip:
                 hint = "remove it, or set data.unreadable=skip"
                 raise ValueError(f"{item.where} can't be decoded ({error}): {hint}") from error
             skipped.append((item.name, str(error)))
             continue
+        if image.shape != images.shape[1:]:
+            raise ValueError(f"{item.where} has {len(image)} channels; the store has {job.channels}")
+        images[len(labels)] = image
         labels.append(_label(job, item))
+    if -1 in labels and any(label >= 0 for label in labels):
+        raise ValueError(f"split {job.split!r} has images with a label and images without")
     images = images[: len(labels)]
     record = {
-        **write_array(job.path, images),
+        **store.write_array(job.path, images),
         "labels": labels,
         "skipped": skipped,
         **statistics(images),
@@ -96,47 +100,19 @@ def make(job: Job) -> dict[str, Any]:
     return record
 
 
-def _image(job: Job, item: Item) -> np.ndarray:
+def pixels(item: Item, size: int, exif: bool) -> np.ndarray:
+    """The stored form of an image, uint8 (C, size, size). Raises UnreadableError, or ValueError for other dtypes."""
     if isinstance(item.image, bytes):
-        return decode(item.image, job.size, job.records.exif)
-    from PIL import Image
-
-    return square(Image.fromarray(item.image), job.size)
+        return decode(item.image, size, exif)
+    if item.image.dtype != np.uint8:
+        raise ValueError(f"{item.where} is {item.image.dtype}; expected uint8")
+    return square(Image.fromarray(item.image), size)
 
 
 def _label(job: Job, item: Item) -> int:
-    allowed = range(job.labels) if job.labels else range(-1, 0)
-    if item.label not in allowed:
-        raise ValueError(f"{item.where} has label {item.label}; allowed are {allowed.start} to {allowed.stop - 1}")
+    if not -1 <= item.label < job.labels:
+        raise ValueError(f"{item.where} has label {item.label}; allowed are 0 to {job.labels - 1}, or -1 for none")
     return item.label
-
-
-class _Hashed:
-    """A file that is hashed as it is written, so that a shard is not read again for its hash."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.hash, self.bytes = file, hashlib.sha256(), 0
-
-    def write(self, content: bytes | memoryview) -> int:
-        self.hash.update(content)
-        self.bytes += memoryview(content).nbytes
-        return self.file.write(content)
-
-
-def write_array(path: Path, array: np.ndarray) -> dict[str, Any]:
-    """Write an .npy file aside, put it on the disk, rename it into place; its length and hash."""
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with aside.open("wb") as file:
-            hashed = _Hashed(file)
-            np.lib.format.write_array_header_1_0(hashed, np.lib.format.header_data_from_array_1_0(array))
-            hashed.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-    return {"bytes": hashed.bytes, "sha256": hashed.hash.hexdigest()}
 
 
 def statistics(images: np.ndarray) -> dict[str, list[int]]:

@@ -1,16 +1,19 @@
 """The image store: uint8 shards, labels and a manifest, named by the manifest's own hash."""
 
+import hashlib
 import logging
+import os
 import re
+import secrets
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from dcgan import storage
-from dcgan.data import shards
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +46,34 @@ class Description:
     superclass_of: tuple[int, ...] = ()
 
 
+class _Hashed:
+    """A file that is hashed as it is written, so that a shard is not read again for its hash."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.hash, self.bytes = file, hashlib.sha256(), 0
+
+    def write(self, content: bytes | memoryview) -> int:
+        self.hash.update(content)
+        self.bytes += memoryview(content).nbytes
+        return self.file.write(content)
+
+
+def write_array(path: Path, array: np.ndarray) -> dict[str, Any]:
+    """Write an .npy file aside, put it on the disk, rename it into place; its length and hash."""
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with aside.open("wb") as file:
+            hashed = _Hashed(file)
+            np.lib.format.write_array_header_1_0(hashed, np.lib.format.header_data_from_array_1_0(array))
+            hashed.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+    return {"bytes": hashed.bytes, "sha256": hashed.hash.hexdigest()}
+
+
 def finish(
     home: Path,
     directory: Path,
@@ -53,6 +84,8 @@ def finish(
 ) -> str:
     """Publish a directory of shards as a store and return its fingerprint; `directory` is gone then.
 
+    A report in it, a directory such as `duplicates`, goes to `home`/duplicates/<fingerprint>.
+
     splits: of each split, in the order to store, the records of its shards, as `shards.make` gives them.
     A store of this fingerprint that is already there stays, unless it is damaged: then it is replaced.
     Raises ValueError if a split is empty.
@@ -62,8 +95,10 @@ def finish(
         labels = np.array([label for record in records for label in record["labels"]], np.int64)
         if not len(labels):
             raise ValueError(f"{description.dataset}: split {name!r} has no images")
-        known[f"{name}-labels.npy"] = shards.write_array(directory / f"{name}-labels.npy", labels)
+        known[f"{name}-labels.npy"] = write_array(directory / f"{name}-labels.npy", labels)
         for number, record in enumerate(records):
+            if not record["labels"]:  # all were skipped, or duplicates; an empty file can't be mapped
+                continue
             known[f"{name}-{number:05d}.npy"] = {key: record[key] for key in ("bytes", "sha256")}
     manifest = {
         **asdict(description),
@@ -75,10 +110,14 @@ def finish(
         "files": known,
     }
     storage.write_json(directory / storage.MANIFEST, manifest)
-    for path in directory.iterdir():
-        if path.name not in {*known, storage.MANIFEST}:
-            path.unlink()
     name = storage.fingerprint(directory)
+    for path in directory.iterdir():
+        if path.is_dir():
+            shutil.rmtree(home / path.name / name, ignore_errors=True)
+            (home / path.name).mkdir(exist_ok=True)
+            path.rename(home / path.name / name)
+        elif path.name not in {*known, storage.MANIFEST}:
+            path.unlink()
     _remove_damaged(home, name)
     storage.publish(directory, home / "stores" / name)
     return name
@@ -154,6 +193,16 @@ class Store:
         """The splits that a GAN is trained on, in order: `train`, unless the data set says otherwise."""
         return tuple(self.manifest["training"])
 
+    @property
+    def scored(self) -> tuple[str, ...]:
+        """The splits that features are scored on: train and test, as far as there are such with labels."""
+        return tuple(split for split in ("train", "test") if self.classes and split in self.splits)
+
+    @property
+    def superclass_of(self) -> np.ndarray:
+        """int64 (classes,): the superclass of each class; empty where there are none."""
+        return np.array(self.manifest["superclass_of"], np.int64)
+
     def count(self, *splits: str) -> int:
         """How many images the splits have together."""
         return sum(self.manifest["counts"][split] for split in splits)
@@ -177,10 +226,26 @@ class Store:
 
     def balance(self, split: str) -> dict[str, int]:
         """Images of each class in a split; empty if they have no labels."""
-        if not self.classes:
+        labels = self.labels(split)
+        if labels[0] < 0:
             return {}
-        counts = np.bincount(self.labels(split), minlength=len(self.classes))
+        counts = np.bincount(labels, minlength=len(self.classes))
         return dict(zip(self.classes, counts.tolist(), strict=True))
+
+    def profile(self) -> dict[str, Any]:
+        """Counts, class balance and pixel statistics by split, and what was left out: for people to look at."""
+        return {
+            "size": self.size,
+            "channels": self.channels,
+            "counts": self.manifest["counts"],
+            "classes": {split: self.balance(split) for split in self.splits},
+            "pixels": {
+                split: [{"mean": round(mean, 3), "std": round(std, 3)} for mean, std in self.pixel_statistics(split)]
+                for split in self.splits
+            },
+            "duplicates_removed": self.manifest["duplicates_removed"],
+            "skipped": len(self.manifest["skipped"]),
+        }
 
     def pixel_statistics(self, split: str) -> list[tuple[float, float]]:
         """Mean and standard deviation of each channel's pixels, in 0..255, over a split."""

@@ -104,7 +104,7 @@ def test_the_bounds_themselves_are_allowed() -> None:
         (["data.name=mnist", "data.size=28", "data.test_fraction=0.1", "model.kernel=3"], "not data.size=28"),
         (["data.name=folder"], "data.name=folder needs data.source"),
         (["data.name=mnist"], "data.test_fraction is for digits and folder"),
-        (["data.unreadable=skip"], "data.unreadable is for folder"),
+        (["data.unreadable=skip"], "data.unreadable is for celeba, lfw"),
     ],
 )
 def test_combinations_that_cannot_work_are_refused(overrides: list[str], reason: str) -> None:

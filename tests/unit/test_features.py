@@ -49,7 +49,7 @@ def test_calibration_is_the_mean_over_batches_of_real_images(trained, monkeypatc
     _, d = models.build(Model(kernel=4, width=2), 1, 0, 28, seed=0)
     d(torch.randn(4, 1, 28, 28) + 5)  # statistics that must vanish
     features.calibrate(d, store, torch.device("cpu"))
-    order = features.Batches(store, "train", 1, 0, features.Place(0, 1, torch.device("cpu"))).permutation(0)
+    order = features.Batches(store, ("train",), 1, 0, features.Place(0, 1, torch.device("cpu"))).permutation(0)
     means, variances = [], []
     for start in range(0, 60, 20):
         images = normalise(torch.from_numpy(np.array(store.images("train")[order[start : start + 20]])), False)

@@ -87,7 +87,7 @@ def test_metrics_are_means_over_the_steps_since_the_last_line(make_run):
     store = run.store()
     settings = run.experiment.train
     game = Game(*models.build(run.experiment.model, 1, 2, 28, 0), settings, Place(0, 1, torch.device("cpu")))
-    data = batches.Batches(store, "train", 8, 0, game.place)
+    data = batches.Batches(store, ("train",), 8, 0, game.place)
     losses = []
     for step in range(4):
         real = torch.from_numpy(store.images("train")[data.rows(step)]).float() / 127.5 - 1

@@ -1,30 +1,34 @@
-"""Files that somebody published with their MD5: found in a directory or downloaded, and never used unchecked."""
+"""Files that somebody published with their digest: found in a directory or downloaded, and never used unchecked.
+
+A digest is an MD5 or a SHA-256 in hex, told apart by its length. A download is kept in `NAME.part` until it is complete
+and has its digest, so nothing else is ever found under the final name; see `partial.py` and `fetch.py`.
+"""
 
 import hashlib
+import json
 import logging
-import os
-import shutil
+import time
 from collections.abc import Sequence
-from http.client import HTTPException
+from contextlib import suppress
 from pathlib import Path
-from urllib.request import Request, urlopen
 
 from dcgan import storage
 from dcgan.config import Data
+from dcgan.data.sources import fetch as network
+from dcgan.data.sources.fetch import DownloadError as DownloadError
+from dcgan.data.sources.partial import GB, Partial, partial
+from dcgan.data.sources.tree import tree as tree
 from dcgan.data.store import SourceFile
 
 log = logging.getLogger(__name__)
 
-ATTEMPTS = 2  # a truncated or corrupt download is refetched once (design, section 6)
-TIMEOUT = 30  # seconds without a byte before a server counts as gone
-
-
-class DownloadError(OSError):
-    """No address gave the published file; the message names each address and what was wrong."""
+ATTEMPTS = 2  # a corrupt download is refetched once (design, section 6)
+REMEMBERED = 1 << 30  # bytes from which a check is remembered: what is smaller is hashed in a second or two
+ALGORITHMS = {32: ("MD5", "md5"), 64: ("SHA-256", "sha256")}  # by the number of hex digits
 
 
 def is_address(source: str) -> bool:
-    """Whether `data.source` is an http(s) mirror rather than a directory."""
+    """Whether `data.source` is a mirror, http(s) or S3, rather than a directory."""
     return source.startswith(("http://", "https://", "s3://"))
 
 
@@ -35,20 +39,20 @@ def find(source: str, candidates: Sequence[str]) -> Path:
     """
     root = Path(source).expanduser().absolute()
     if not root.is_dir():
-        raise FileNotFoundError(f"data.source={source} is neither a directory nor an http(s) address")
+        raise FileNotFoundError(f"data.source={source} is neither a directory nor an http(s) or S3 address")
     for candidate in candidates:
         if (root / candidate).exists():
             return root / candidate
     raise FileNotFoundError(f"data.source={source} has none of {', '.join(candidates)}")
 
 
-def check(path: Path, md5: str) -> Path:
-    """`path`, if it has the published MD5; raises CorruptError, naming the file, if not, or FileNotFoundError."""
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-    if found != md5:
-        size = path.stat().st_size
-        raise storage.CorruptError(f"{path} ({size} bytes) is not the published file: MD5 {found}, published {md5}")
+def check(path: Path, digest: str) -> Path:
+    """`path`, if it has the published digest; raises CorruptError, naming the file, if not, or FileNotFoundError.
+
+    It is hashed at every call: a note that says otherwise may have come with the file, from whoever forged it.
+    """
+    if problem := _problem(path, digest):
+        raise storage.CorruptError(f"{path} {problem}")
     return path
 
 
@@ -57,34 +61,101 @@ def describe(path: Path) -> SourceFile:
     return SourceFile(path.name, path.stat().st_size, storage.sha256(path))
 
 
-def fetch(addresses: Sequence[str], name: str, md5: str, folder: Path, data: Data) -> Path:
+def fetch(addresses: Sequence[str], name: str, digest: str, folder: Path, data: Data) -> Path:
     """`folder/name`, downloaded from the first address that gives the published bytes, unless it is there already.
 
-    addresses: http(s) directories; the mirror `data.source`, if it is given, stands in their place.
-    Raises DownloadError when all of them failed twice.
+    addresses: http(s):// or s3:// directories; the mirror `data.source`, if it is given, stands in their place. A
+    download goes on where it was killed or cut off, whichever address it came from. Raises DownloadError when all
+    addresses failed, FileNotFoundError if the file is to be downloaded and `data.offline` forbids it, or OSError,
+    naming the path, if it can't be written; what was downloaded until then is used next time.
     """
-    path, problems = folder / name, []
-    addresses = [data.source] if data.source else addresses
-    if path.exists():
-        try:
-            return check(path, md5)
-        except storage.CorruptError as error:
-            log.warning("%s; downloading it again", error)
-    for url in [f"{address.rstrip('/')}/{name}" for address in addresses for _ in range(ATTEMPTS)]:
-        try:
-            return _download(url, path, md5)
-        except (OSError, HTTPException, storage.CorruptError) as error:
-            problems.append(f"{url}: {error}")
-            log.warning("download refused: %s", problems[-1])
-    raise DownloadError("; ".join(dict.fromkeys(problems)))
-
-
-def _download(url: str, path: Path, md5: str) -> Path:
-    log.info("downloading %s", url)
-    request = Request(url, headers={"User-Agent": "dcgan"})
-    with storage.staging(path.parent) as staged, urlopen(request, timeout=TIMEOUT) as response:
-        aside = staged / path.name
-        with aside.open("wb") as file:
-            shutil.copyfileobj(response, file)
-        os.replace(check(aside, md5), path)
+    path = folder / name
+    urls = [f"{address.rstrip('/')}/{name}" for address in ([data.source] if data.source else addresses)]
+    if _is_there(path, digest):
+        return path
+    if data.offline:
+        places = " or ".join(map(network.shown, urls))
+        lacking = "is not the published file" if path.exists() else "is missing"
+        raise FileNotFoundError(f"{path} {lacking}, and data.offline=true: put {places} there")
+    with partial(path) as part:
+        if not _is_there(path, digest):  # another process may have been at it until now
+            _download(urls, part, digest)
     return path
+
+
+def _is_there(path: Path, digest: str) -> bool:
+    """Whether the published file is at `path`, by its digest or by a check that is remembered."""
+    if not path.exists():
+        return False
+    if path.stat().st_size >= REMEMBERED and _noted(path) == _state(path, digest):
+        return True
+    if problem := _problem(path, digest):
+        log.warning("%s %s", path, problem)
+        return False
+    _remember(path, digest)
+    return True
+
+
+def _remember(path: Path, digest: str) -> None:
+    """Note that a large file has this digest, for as long as its length and time of change stay what they are."""
+    if path.stat().st_size >= REMEMBERED:
+        with suppress(OSError):  # a directory that can't be written costs a hash each time, no more
+            storage.write_json(_note(path), _state(path, digest))
+
+
+def _state(path: Path, digest: str) -> dict[str, str | int]:
+    seen = path.stat()
+    return {"digest": digest, "bytes": seen.st_size, "mtime_ns": seen.st_mtime_ns}
+
+
+def _noted(path: Path) -> object:
+    try:
+        return json.loads(_note(path).read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def _note(path: Path) -> Path:
+    return path.with_name(f".{path.name}.checked")
+
+
+def _problem(path: Path, digest: str) -> str:
+    """What is wrong with the file's bytes, as a predicate; "" if nothing is."""
+    title, algorithm = ALGORITHMS[len(digest)]
+    if path.stat().st_size >= REMEMBERED:
+        log.info("%s: comparing %.1f GB with the published %s", path, path.stat().st_size / GB, title)
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, lambda: hashlib.new(algorithm, usedforsecurity=False)).hexdigest()
+    if found == digest:
+        return ""
+    return f"({path.stat().st_size} bytes) is not the published file: {title} {found}, published {digest}"
+
+
+def _download(urls: Sequence[str], part: Partial, digest: str) -> None:
+    """Fill and publish `part` from the first of the URLs that gives it; raises DownloadError if none does."""
+    problems, start = [], time.monotonic()
+    for url in urls:
+        if not (problem := _try(url, part, digest)):
+            part.publish()
+            _remember(part.final, digest)
+            size = part.final.stat().st_size
+            log.info("%s: %.2f GB are complete after %.0f s", part.final.name, size / GB, time.monotonic() - start)
+            return
+        problems.append(f"{network.shown(url)}: {problem}")
+        log.warning("download refused: %s", problems[-1])
+    raise DownloadError(f"{part.final.name} could not be downloaded: {'; '.join(problems)}")
+
+
+def _try(url: str, part: Partial, digest: str) -> str:
+    """What is wrong with this address, "" if `part` is the published file now."""
+    problem = ""
+    for _ in range(ATTEMPTS):
+        try:
+            network.download(url, part)
+        except (network.Refused, network.Interrupted) as error:
+            return str(error)
+        if not (problem := _problem(part.path, digest)):
+            return ""
+        part.discard()
+        log.warning("%s: %s %s", network.shown(url), part.final.name, problem)
+    return f"{part.final.name} {problem}"

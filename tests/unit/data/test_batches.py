@@ -29,15 +29,15 @@ def small(tmp_path_factory, make_store):
 )
 def test_ranks_together_see_the_single_process_batch(small, world, each, seed, step):
     batch = world * each
-    alone = Batches(small, "train", batch, seed, place()).rows(step)
-    shared = [Batches(small, "train", batch, seed, place(rank, world)).rows(step) for rank in range(world)]
+    alone = Batches(small, ("train",), batch, seed, place()).rows(step)
+    shared = [Batches(small, ("train",), batch, seed, place(rank, world)).rows(step) for rank in range(world)]
     assert np.array_equal(np.concatenate(shared), alone)
 
 
 @settings(max_examples=25, deadline=None)
 @given(batch=st.integers(1, 50), seed=st.integers(0, 99))
 def test_an_epoch_shows_no_image_twice_and_leaves_out_less_than_a_batch(small, batch, seed):
-    data = Batches(small, "train", batch, seed, place())
+    data = Batches(small, ("train",), batch, seed, place())
     per_epoch = 50 // batch
     seen = np.concatenate([data.rows(step) for step in range(per_epoch)])
     assert len(np.unique(seen)) == len(seen) == per_epoch * batch > 50 - batch
@@ -46,17 +46,18 @@ def test_an_epoch_shows_no_image_twice_and_leaves_out_less_than_a_batch(small, b
 
 
 def test_any_step_is_the_same_whether_reached_or_jumped_to(small):
-    stream = Batches(small, "train", 8, 1, place()).from_step(0)
+    stream = Batches(small, ("train",), 8, 1, place()).from_step(0)
     walked = [next(stream) for _ in range(9)][8]
-    jumped = next(Batches(small, "train", 8, 1, place()).from_step(8))
+    jumped = next(Batches(small, ("train",), 8, 1, place()).from_step(8))
     assert torch.equal(walked[0], jumped[0])
     assert torch.equal(walked[1], jumped[1])
 
 
 def test_images_and_labels_stay_together_across_shards(tmp_path, make_store, monkeypatch):
-    monkeypatch.setattr("dcgan.data.store.SHARD_IMAGES", 7)
+    monkeypatch.setattr("dcgan.data.shards.BYTES", 8 * 28 * 28)
     store = make_store(tmp_path, size=28, channels=1, classes=5, train=30)
-    data = Batches(store, "train", 30, 0, place())
+    assert len(store.shards("train")) == 4
+    data = Batches(store, ("train",), 30, 0, place())
     rows = data.rows(0)
     images, labels = next(data.from_step(0))
     assert np.array_equal(images.numpy(), store.images("train")[rows])
@@ -84,10 +85,10 @@ def test_pixels_are_scaled_to_minus_one_and_one_only():
 
 
 def test_a_batch_larger_than_the_split_is_refused(small):
-    with pytest.raises(ValueError, match=r"batch_size=51 exceeds the 50 images of split 'train'"):
-        Batches(small, "train", 51, 0, place())
+    with pytest.raises(ValueError, match=r"batch_size=51 exceeds the 50 images of train"):
+        Batches(small, ("train",), 51, 0, place())
 
 
 def test_a_batch_that_ranks_cannot_share_is_refused(small):
     with pytest.raises(ValueError, match=r"batch_size=8 is not divisible by 3"):
-        Batches(small, "train", 8, 0, place(0, 3))
+        Batches(small, ("train",), 8, 0, place(0, 3))

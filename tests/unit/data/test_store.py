@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fabricated import write_store
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dcgan import storage
-from dcgan.data import store
+from dcgan.data import shards
+from dcgan.data.records import Item
 from dcgan.data.store import Description, SourceFile, Store
 
 LABELLED = Description("toy", ("a", "b", "c"), 4, 3, "none")
@@ -38,10 +40,8 @@ def images(count: int, description: Description, seed: int = 0) -> list[tuple[np
 def test_what_is_written_is_read_back(counts: dict[str, int], shard: int, description: Description) -> None:
     written = {split: images(count, description, seed) for seed, (split, count) in enumerate(counts.items())}
     with tempfile.TemporaryDirectory() as directory:
-        name = store.write(
-            Path(directory), description, written.items(), [SourceFile("f", 3, "00")], shard_images=shard
-        )
-        read = Store.open(Path(directory), name, verify=True)
+        made = write_store(Path(directory), description, written, [SourceFile("f", 3, "00")], shard)
+        read = Store.open(Path(directory), name := made.fingerprint, verify=True)
         assert read.splits == tuple(sorted(counts)), "manifests are written with sorted keys"
         assert (read.fingerprint, read.dataset, read.classes) == (name, "toy", description.classes)
         assert read.manifest["sources"] == [{"name": "f", "bytes": 3, "sha256": "00"}]
@@ -59,14 +59,14 @@ def test_the_fingerprint_depends_on_every_part(tmp_path: Path) -> None:
     relabelled = [(image, (label + (i == 5)) % 3) for i, (image, label) in enumerate(pairs)]
     renamed = Description("toy", ("a", "b", "d"), 4, 3, "none")
     names = [
-        store.write(tmp_path, description, [("train", content)], (), skipped)
-        for description, content, skipped in [
+        write_store(tmp_path, description, {"train": content}, files).fingerprint
+        for description, content, files in [
             (LABELLED, pairs, ()),
             (LABELLED, pairs, ()),
             (LABELLED, brighter, ()),
             (LABELLED, relabelled, ()),
             (renamed, pairs, ()),
-            (LABELLED, pairs, ("left out",)),
+            (LABELLED, pairs, [SourceFile("f", 3, "00")]),
         ]
     ]
     assert names[0] == names[1]
@@ -77,9 +77,8 @@ def test_the_fingerprint_depends_on_every_part(tmp_path: Path) -> None:
 @given(data=st.data())
 def test_any_flipped_byte_is_detected(data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as directory:
-        name = store.write(
-            Path(directory), LABELLED, [("train", images(3, LABELLED)), ("test", images(2, LABELLED))], ()
-        )
+        splits = {"train": images(3, LABELLED), "test": images(2, LABELLED)}
+        name = write_store(Path(directory), LABELLED, splits).fingerprint
         path = data.draw(st.sampled_from(sorted((Path(directory) / "stores" / name).iterdir())))
         content = bytearray(path.read_bytes())
         at = data.draw(st.integers(0, len(content) - 1))
@@ -100,29 +99,33 @@ def test_a_manifest_that_says_something_else_is_detected(tmp_path: Path, make_st
 @pytest.mark.parametrize(
     ("image", "label", "message"),
     [
-        (
-            np.zeros((3, 4, 5), np.uint8),
-            0,
-            r"toy: image 1 of split 'train' is uint8 \(3, 4, 5\); expected uint8 \(3, 4, 4\)",
-        ),
-        (np.zeros((3, 4, 4), np.float32), 0, "float32"),
-        (np.zeros((3, 4, 4), np.uint8), 3, "has label 3; allowed are 0 to 2"),
-        (np.zeros((3, 4, 4), np.uint8), -1, "has label -1; allowed are 0 to 2"),
+        (np.zeros((4, 5), np.uint8), 0, "image 1 has 1 channels; the store has 3"),
+        (np.zeros((4, 4, 3), np.float32), 0, "image 1 is float32; expected uint8"),
+        (np.zeros((4, 4, 3), np.uint8), 3, "has label 3; allowed are 0 to 2, or -1 for none"),
+        (np.zeros((4, 4, 3), np.uint8), -2, "has label -2"),
+        (np.zeros((4, 4, 3), np.uint8), -1, "split 'train' has images with a label and images without"),
     ],
 )
-def test_a_wrong_image_or_label_is_refused_and_nothing_is_left(
-    tmp_path: Path, image: np.ndarray, label: int, message: str
-) -> None:
+def test_a_wrong_image_or_label_is_refused(tmp_path: Path, image: np.ndarray, label: int, message: str) -> None:
+    items = [Item("image 0", np.zeros((4, 4, 3), np.uint8), 0, "image 0"), Item("image 1", image, label, "image 1")]
+    job = shards.Job(tmp_path, "train", 0, Listed(items), 4, 3, 3, skip=True)
     with pytest.raises(ValueError, match=message):
-        store.write(tmp_path, LABELLED, [("train", [*images(1, LABELLED), (image, label)])], ())
-    assert os.listdir(tmp_path / "stores") == []
+        shards.make(job)
+    assert os.listdir(tmp_path) == []
 
 
-def test_labels_without_classes_and_empty_splits_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="has label 0; allowed are -1 to -1"):
-        store.write(tmp_path, BARE, [("train", [(np.zeros((1, 4, 4), np.uint8), 0)])], ())
+class Listed(list[Item]):
+    """Records that are a list of items."""
+
+    encoded, exif = False, False
+
+    def part(self, start: int, stop: int) -> "Listed":
+        return Listed(self[start:stop])
+
+
+def test_an_empty_split_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="toy: split 'test' has no images"):
-        store.write(tmp_path, BARE, [("train", images(1, BARE)), ("test", [])], ())
+        write_store(tmp_path, BARE, {"train": images(1, BARE), "test": []})
 
 
 def test_writing_again_mends_a_damaged_store(tmp_path: Path, make_store: Make) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fabricated import decoded
 from PIL import Image
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
@@ -40,7 +41,7 @@ def tree(tmp_path: Path) -> Path:
 
 
 def content(opened: Opened) -> dict[str, list[tuple[bytes, int]]]:
-    return {split: [(image.tobytes(), label) for image, label in images] for split, images in opened.splits}
+    return {split: [(image.tobytes(), label) for image, label in images] for split, images in decoded(opened).items()}
 
 
 def named(tree: Path, data: Data) -> dict[str, set[bytes]]:
@@ -84,7 +85,7 @@ def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
 def test_the_order_is_that_of_the_names(tmp_path: Path) -> None:
     for i in (13 * i % 32 for i in range(32)):
         Image.new("RGB", (30, 30), (i, i, i)).save(tmp_path / f"{i:02d}.png")
-    for _, images in folder.read(given(tmp_path), tmp_path).splits:
+    for images in decoded(folder.read(given(tmp_path), tmp_path)).values():
         values = [int(image[0, 0, 0]) for image, _label in images]
         assert values == sorted(values)
 
@@ -137,7 +138,7 @@ def test_exif_orientation_is_applied(tmp_path: Path, orientation: int) -> None:
     for i in range(20):
         seen[20, 20, 2] = i  # so that the files differ and fall on both sides
         Image.fromarray(np.ascontiguousarray(turn[orientation](seen))).save(tmp_path / f"{i}.png", exif=exif)
-    for _, images in folder.read(given(tmp_path), tmp_path).splits:
+    for images in decoded(folder.read(given(tmp_path), tmp_path)).values():
         for image, _label in images:
             seen[20, 20, 2] = image[2, 20, 20]
             np.testing.assert_array_equal(image, seen.transpose(2, 0, 1))
@@ -181,7 +182,7 @@ def test_an_unreadable_image_is_refused_or_skipped_by_name(
         ValueError, match=rf"cats/bad\.png can't be decoded \(.*({reason}).*\): remove it, or set data\.unr"
     ):
         ingest(given(tree), home)
-    assert os.listdir(home / "stores") == []
+    assert os.listdir(home / "stores") == ["index"]
     caplog.clear()
     store = Store.open(home, ingest(given(tree, unreadable="skip"), home))
     assert store.manifest["skipped"] == ["cats/bad.png"]

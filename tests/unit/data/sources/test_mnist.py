@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torchvision.datasets
+from fabricated import decoded
 from torchvision.transforms import v2
 
 from dcgan import storage
@@ -46,7 +47,7 @@ def test_images_are_torchvisions_pixel_for_pixel(real_data: Path, tmp_path: Path
 
 def test_resized_images_are_torchvisions(real_data: Path, tmp_path: Path) -> None:
     theirs = torchvision.datasets.MNIST(str(real_data), train=False)
-    _, images = mnist.read(given(real_data, 32), tmp_path).splits[1]
+    images = decoded(mnist.read(given(real_data, 32), tmp_path))["test"]
     for (ours, label), (image, target), _ in zip(images, theirs, range(100), strict=False):
         np.testing.assert_array_equal(ours, v2.PILToTensor()(v2.Resize(32)(image)).numpy())
         assert label == target

@@ -1,0 +1,109 @@
+"""What image stores a home has: listed, verified, described, drawn."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from dcgan import pictures, storage
+from dcgan.data.store import Store
+
+COLUMNS = 16  # images in a row of a contact sheet
+FINGERPRINT = "[0-9a-f]" * 16
+
+
+def paths(home: Path) -> list[Path]:
+    """The directories of the stores, by name."""
+    return sorted((home / "stores").glob(FINGERPRINT))
+
+
+def chosen(home: Path, words: Sequence[str]) -> list[Path]:
+    """The stores whose fingerprints begin with the words; all of them if there are none.
+
+    Raises ValueError for a word that begins none or several, and FileNotFoundError if the home has no store.
+    """
+    there = paths(home)
+    if not there:
+        raise FileNotFoundError(f"{home / 'stores'} has no image store: `dcgan ingest` makes one")
+    found = []
+    for word in words:
+        matches = [path for path in there if path.name.startswith(word)]
+        if len(matches) != 1:
+            names = ", ".join(path.name for path in matches or there)
+            raise ValueError(f"{word!r} is the beginning of {len(matches) or 'no'} stores: {names}")
+        found += matches
+    return found or there
+
+
+def table(home: Path) -> str:
+    """A line a store: fingerprint, data set, pixels a side, images by split, gigabytes, and where it came from.
+
+    Ingestions that were interrupted come after them; their command goes on with what they have.
+    """
+    lines = [f"{'fingerprint':16}  {'data set':14}  {'px':>3}  {'GB':>7}  images"]
+    for path in paths(home):
+        try:
+            store = Store.open(home, path.name)
+        except storage.CorruptError as error:
+            lines.append(f"{path.name}  damaged: {error}")
+            continue
+        counts = ", ".join(f"{store.count(split):,} {split}" for split in store.splits)
+        lines.append(f"{path.name}  {store.dataset:14}  {store.size:3}  {_bytes(path) / 1e9:7.2f}  {counts}")
+        lines.append(f"{'':18}from {_origin(store)}")
+    for path in sorted((home / "stores").glob(".ingest-*")):
+        made = len(list(path.glob("*-[0-9]*.json")))
+        lines.append(f"{'unfinished':16}  {path.name}: {made} shards, {_bytes(path) / 1e9:.2f} GB")
+    return "\n".join(lines)
+
+
+def _bytes(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.iterdir() if file.is_file())
+
+
+def _origin(store: Store) -> str:
+    sources = store.manifest["sources"]
+    return f"{sources[0]['name']}{f' and {len(sources) - 1} more files' if len(sources) > 1 else ''}"
+
+
+def verify(path: Path) -> str:
+    """Read every byte of a store again; one line that says it is sound. Raises CorruptError, naming the file."""
+    store = Store.open(path.parent.parent, path.name, verify=True)
+    return f"{path.name}  {store.dataset}: {len(store.manifest['files'])} files, {_bytes(path):,} bytes, sound"
+
+
+def describe(path: Path) -> str:
+    """Class balance and pixel statistics of each split, the transform, the sources with their hashes."""
+    store = Store.open(path.parent.parent, path.name)
+    lines = [f"{store.dataset}, {store.size} px, {store.channels} channels; {store.manifest['transform']}"]
+    for split in store.splits:
+        pixels = ", ".join(f"{mean:.1f} ± {deviation:.1f}" for mean, deviation in store.pixel_statistics(split))
+        lines.append(f"{split}: {store.count(split):,} images; pixels {pixels}{_balance(store, split)}")
+    removed, skipped = store.manifest["duplicates_removed"], len(store.manifest["skipped"])
+    lines.append(f"near-duplicates removed: {removed:,}; images skipped: {skipped:,}")
+    lines += [f"from {file['name']}, {file['bytes']:,} bytes, {file['sha256']}" for file in store.manifest["sources"]]
+    return "\n".join(lines)
+
+
+def _balance(store: Store, split: str) -> str:
+    """The classes' counts where they can be read in a line, else their range."""
+    counts = store.balance(split)
+    if not counts:
+        return "; no labels"
+    if len(counts) > COLUMNS:
+        return f"; {len(counts)} classes of {min(counts.values()):,} to {max(counts.values()):,}"
+    return "; " + ", ".join(f"{name} {count:,}" for name, count in counts.items())
+
+
+def show(path: Path, count: int, out: Path) -> None:
+    """A PNG of `count` images of each split, evenly spread over it, split under split."""
+    store = Store.open(path.parent.parent, path.name)
+    rows = []
+    for split in store.splits:
+        shards = store.shards(split)
+        starts = np.cumsum([0, *map(len, shards)])
+        for row in np.unique(np.linspace(0, starts[-1] - 1, count).astype(int)):
+            shard = int(np.searchsorted(starts, row, side="right")) - 1
+            rows.append(shards[shard][row - starts[shard]])
+        blank = np.full((-len(rows) % COLUMNS, store.channels, store.size, store.size), 255, np.uint8)
+        rows += list(blank)
+    pictures.write_png(out, pictures.grid(np.stack(rows), COLUMNS))

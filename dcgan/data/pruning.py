@@ -1,0 +1,66 @@
+"""Remove near-duplicates from the training shards of a store in the making, and show what was found.
+
+    <working directory>/duplicates/groups.json   which images are alike, and how many each shard had before
+    <working directory>/duplicates/sheet.png     some of the groups, one a row, the image that stays on the left
+
+The groups are written down before the first shard changes, and each shard's record says whether it has been pruned: a
+run that is killed here goes on with the same groups.
+"""
+
+import itertools
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dcgan import pictures, storage
+from dcgan.data import dedup, shards, store
+from dcgan.data.shards import Job
+
+log = logging.getLogger(__name__)
+
+FOLDER = "duplicates"
+SHOWN = 50  # groups on the sheet
+
+
+def prune(directory: Path, jobs: Sequence[Job]) -> int:
+    """Leave one image of each group of near-duplicates among the shards of these jobs, in order; how many went."""
+    found = _groups(directory / FOLDER, jobs)
+    removed = np.array(sorted(row for group in found["groups"] for row in group[1:]), np.int64)
+    starts = np.cumsum([0, *found["counts"]])
+    for job, start, stop in zip(jobs, starts[:-1], starts[1:], strict=True):
+        record = shards.read(job)
+        if not record.get("pruned"):
+            keep = np.ones(stop - start, bool)
+            keep[removed[(removed >= start) & (removed < stop)] - start] = False
+            _rewrite(job, record, keep)
+    return len(removed)
+
+
+def _groups(folder: Path, jobs: Sequence[Job]) -> dict[str, Any]:
+    """`groups` of rows over all shards as they were made, and `counts` of their images; found once."""
+    file = folder / "groups.json"
+    if file.exists():
+        read: dict[str, Any] = json.loads(file.read_bytes())
+        return read
+    arrays = [np.load(job.path, mmap_mode="r") for job in jobs]
+    groups = dedup.find(arrays)
+    removed, total = sum(len(group) - 1 for group in groups), sum(map(len, arrays))
+    log.info("near-duplicates: %d of %d images, in %d groups", removed, total, len(groups))
+    if groups:
+        pictures.write_png(folder / "sheet.png", dedup.sheet(arrays, groups, SHOWN))
+    found = {"groups": groups, "counts": [len(array) for array in arrays]}
+    storage.write_json(file, found)
+    return found
+
+
+def _rewrite(job: Job, record: dict[str, Any], keep: np.ndarray) -> None:
+    """The shard without the images that go. Killed between its two writes, it no longer has its hash: made again."""
+    if not keep.all():
+        images = np.load(job.path)[keep]
+        labels = list(itertools.compress(record["labels"], keep))
+        record = record | store.write_array(job.path, images) | {"labels": labels} | shards.statistics(images)
+    storage.write_json(job.record, record | {"pruned": True})

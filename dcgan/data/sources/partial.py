@@ -1,0 +1,179 @@
+"""A file that is not complete yet: the bytes so far and whose they are, kept by a kill, locked against other processes.
+
+A full disk or one that can't be written is an OSError that names the path; the bytes that came before it are kept.
+"""
+
+import fcntl
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from dcgan import storage
+
+log = logging.getLogger(__name__)
+
+LOG_EVERY = 5  # seconds
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Version:
+    """What an address says about its file. validator: a strong ETag or else the time of change; "" if it says none."""
+
+    address: str
+    validator: str
+    length: int | None
+
+    def continues(self, other: "Version | None") -> bool:
+        """Whether bytes of `other` may be followed by bytes of this.
+
+        Another address has validators of its own, so there the length has to do; the digest decides in the end.
+        """
+        if other is None:
+            return False
+        if self.address == other.address:  # a server may leave out what it was given to compare (RFC 9110, 15.3.7)
+            return self.length == other.length and self.validator in ("", other.validator)
+        return self.length is not None and self.length == other.length
+
+
+class Partial:
+    """The bytes of the file `final` so far, beside it and locked; `version` is what they belong to."""
+
+    def __init__(self, final: Path, path: Path, file: BinaryIO) -> None:
+        self.final, self.path, self._file = final, path, file
+        self._about = path.with_name(f"{path.name}.json")
+        self.version = self._read()
+        if self.version is None:
+            self.discard()
+
+    def _read(self) -> Version | None:
+        try:
+            return Version(**json.loads(self._about.read_bytes()))
+        except (FileNotFoundError, ValueError, TypeError):
+            return None
+
+    @property
+    def size(self) -> int:
+        """Bytes that are there."""
+        return os.fstat(self._file.fileno()).st_size
+
+    @property
+    def length(self) -> int | None:
+        """Bytes of the whole file, if they were announced."""
+        return self.version.length if self.version else None
+
+    @property
+    def complete(self) -> bool:
+        """Whether all that was announced is there."""
+        return self.length == self.size
+
+    def begin(self, version: Version, offset: int) -> None:
+        """Expect bytes of `version` from `offset` on, which is the size or 0; what belongs to another is dropped."""
+        if offset == 0:
+            self.discard()
+        if self.version is None or self.version.address != version.address:
+            with naming(self._about):
+                storage.write_json(self._about, asdict(version))
+            self.version = version
+
+    def append(self, piece: bytes) -> None:
+        """Add bytes; as many as the disk takes are kept if it is full."""
+        rest = memoryview(piece)
+        with naming(self.path):
+            while rest:
+                rest = rest[self._file.write(rest) :]
+
+    def discard(self) -> None:
+        """Back to no bytes of no version."""
+        with naming(self.path):
+            self._file.truncate(0)
+            self._about.unlink(missing_ok=True)
+        self.version = None
+
+    def publish(self) -> None:
+        """Put the file under its final name, on the disk."""
+        with naming(self.path):
+            os.fsync(self._file.fileno())
+            os.replace(self.path, self.final)
+            self._about.unlink(missing_ok=True)
+
+
+class Progress:
+    """Lines in the log: where a download begins or goes on, and every few seconds how far it is."""
+
+    def __init__(self, part: Partial) -> None:
+        self.part = part
+        self.start = self.last = time.monotonic()
+        self.first = part.size
+
+    def begin(self) -> None:
+        """What comes from where."""
+        address = self.part.version.address if self.part.version else "?"
+        log.info("%s: downloading from %s; %s", self.part.final.name, address, self._amount())
+
+    def step(self) -> None:
+        """How far it is, if it is time to say so."""
+        if (now := time.monotonic()) - self.last < LOG_EVERY:
+            return
+        self.last = now
+        rate = max(self.part.size - self.first, 1) / (now - self.start)  # negative if another version begins
+        left = f", {(self.part.length - self.part.size) / rate:.0f} s left" if self.part.length else ""
+        log.info("%s: %s, %.1f MB/s%s", self.part.final.name, self._amount(), rate / 1e6, left)
+
+    def _amount(self) -> str:
+        total = f"{self.part.length / GB:.2f}" if self.part.length else "unknown"
+        return f"{self.part.size / GB:.2f} of {total} GB"
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give an OSError the path that a failed write or fsync does not name."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextmanager
+def partial(final: Path) -> Iterator[Partial]:
+    """The partial of `final`, this process's alone; kept unless it is empty. Waits while another process fills it."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    path = final.with_name(f"{final.name}.part")
+    with locked(path) as file:
+        part = Partial(final, path, file)
+        try:
+            yield part
+        finally:
+            if part.size == 0 and _is_at(path, file):
+                part.discard()
+                path.unlink()
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[BinaryIO]:
+    """`path`, open for appending and locked against other processes until this one ends, however it ends."""
+    while True:
+        with path.open("ab", buffering=0) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                log.info("%s: another process is at it; waiting", path)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if _is_at(path, file):
+                yield file
+                return
+
+
+def _is_at(path: Path, file: BinaryIO) -> bool:
+    """Whether an open file still has its name: who held the lock before may have renamed or removed it."""
+    with suppress(FileNotFoundError):
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    return False

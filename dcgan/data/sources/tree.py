@@ -1,0 +1,171 @@
+"""A data set that is a tree of files: a directory, or everything below an s3:// address, staged into a directory.
+
+A staged file has the length and the time of change of its object, which is how the next staging knows it; nothing else
+is remembered, so a kill at any moment loses at most the files in flight.
+"""
+
+import hashlib
+import logging
+import os
+import secrets
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial as bind
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dcgan import storage
+from dcgan.config import Data
+from dcgan.data.sources import fetch
+from dcgan.data.sources.partial import GB, LOG_EVERY, locked, naming
+
+log = logging.getLogger(__name__)
+
+
+class Item(NamedTuple):
+    """An object: its key, its path in the tree, its bytes and its time of change in nanoseconds."""
+
+    key: str
+    path: str
+    size: int
+    changed: int
+
+    def is_at(self, path: Path) -> bool:
+        """Whether `path` is this object, staged before."""
+        try:
+            seen = path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return (seen.st_size, seen.st_mtime_ns) == (self.size, self.changed)
+
+
+def tree(data: Data, folder: Path) -> Path:
+    """The directory of `data.source`: itself, or if it is at s3://, a copy below `folder` brought up to date.
+
+    The copy has the same relative paths; files that are no longer at the address are removed from it. Raises
+    FileNotFoundError if there is no such directory, if nothing is at the address, or if the copy is not complete and
+    `data.offline` forbids to complete it; ValueError for http(s) and for a key that is no path below the address;
+    fetch.DownloadError if the address can't be read, and OSError, naming the path, if the copy can't be written.
+    """
+    source = data.source or ""
+    if source.startswith("s3://"):
+        return _staged(source.rstrip("/"), folder, data.offline)
+    if source.startswith(("http://", "https://")):
+        raise ValueError(f"data.source={fetch.shown(source)}: files can't be listed over http(s); give s3:// or a path")
+    root = Path(source).expanduser().absolute()
+    if not source or not root.is_dir():
+        raise FileNotFoundError(f"data.source={data.source} is not a directory")
+    return root
+
+
+def _staged(address: str, folder: Path, offline: bool) -> Path:
+    name = f"{address.rpartition('/')[2]}-{hashlib.sha256(address.encode()).hexdigest()[:8]}"
+    staging = Staging(address, folder / name)
+    if offline:
+        if staging.complete.exists() and staging.root.is_dir():
+            return staging.root
+        raise FileNotFoundError(
+            f"{staging.root} is not complete, and data.offline=true: it is to have all of {address}"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / f".{name}.lock"):
+        try:
+            staging.run()
+        except (fetch.Refused, fetch.Interrupted) as error:
+            raise fetch.DownloadError(f"{address}: {error}") from error
+    return staging.root
+
+
+class Staging:
+    """One run over all objects below `address`, into the directory `root`."""
+
+    def __init__(self, address: str, root: Path) -> None:
+        self.address, self.root = address, root
+        self.complete = root.with_name(f".{root.name}.complete")
+        self._aside = root.with_name(f".{root.name}.aside")  # outside the tree, where no key leads
+        self._lock = threading.Lock()
+        self._fetched = self._bytes = 0
+
+    def run(self) -> None:
+        """Bring the tree up to date."""
+        start = last = time.monotonic()
+        log.info("%s: staging %s", self.root, self.address)
+        shutil.rmtree(self._aside, ignore_errors=True)  # what a kill left
+        self._aside.mkdir()
+        bucket, paths = fetch.Bucket(self.address), set[str]()
+        with ThreadPoolExecutor(fetch.CONNECTIONS) as pool:
+            try:
+                for items in self._pages(bucket):
+                    for item in pool.map(bind(self._stage, bucket), items):
+                        paths.add(item.path)
+                        if (now := time.monotonic()) - last > LOG_EVERY:
+                            last = now
+                            self._report(len(paths), now - start)
+            finally:
+                pool.shutdown(cancel_futures=True)
+        if not paths:
+            raise FileNotFoundError(f"data.source={self.address} has no objects below it")
+        self._remove_others(paths)
+        shutil.rmtree(self._aside)
+        storage.write_json(self.complete, {"address": self.address, "files": len(paths)})
+        self._report(len(paths), time.monotonic() - start)
+
+    def _pages(self, bucket: fetch.Bucket) -> Iterator[list[Item]]:
+        """All objects below the address, a page at a time: a tree may have millions."""
+        prefix, after, first = f"{bucket.key}/" if bucket.key else "", None, True
+        while first or after:
+            found, after = fetch.persist(bind(bucket.page, prefix, after), self.root.name)
+            yield [self._item(entry, prefix) for entry in found if not _is_marker(entry)]
+            first = False
+
+    def _item(self, entry: dict[str, Any], prefix: str) -> Item:
+        key, path = entry["Key"], entry["Key"].removeprefix(prefix)
+        if {"", ".", ".."} & set(path.split("/")) or "\0" in path:
+            raise ValueError(f"data.source={self.address} has the key {key!r}, which is no path of a file below it")
+        return Item(key, path, entry["Size"], round(entry["LastModified"].timestamp() * 1000) * 10**6)
+
+    def _stage(self, bucket: fetch.Bucket, item: Item) -> Item:
+        path = self.root / item.path
+        if not item.is_at(path):
+            self.complete.unlink(missing_ok=True)
+            aside = self._aside / secrets.token_hex(8)
+            fetch.persist(bind(_copy, bucket, item, aside), item.path)
+            os.utime(aside, ns=(item.changed, item.changed))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(aside, path)
+            with self._lock:
+                self._fetched += 1
+                self._bytes += item.size
+        return item
+
+    def _remove_others(self, paths: set[str]) -> None:
+        """Remove files that are no longer at the address: they would be trained on."""
+        for at, _, names in os.walk(self.root):
+            for name in names:
+                if (path := Path(at, name)).relative_to(self.root).as_posix() not in paths:
+                    self.complete.unlink(missing_ok=True)
+                    log.warning("%s is no longer at %s; removed", path, self.address)
+                    path.unlink()
+
+    def _report(self, files: int, seconds: float) -> None:
+        rate = self._bytes / 1e6 / max(seconds, 1e-3)
+        log.info(
+            "%s: %d files are there, %d fetched, %.2f GB, %.1f MB/s",
+            self.root, files, self._fetched, self._bytes / GB, rate,
+        )  # fmt: skip
+
+
+def _is_marker(entry: dict[str, Any]) -> bool:
+    """Whether an object is what a console makes to show an empty directory."""
+    return entry["Key"].endswith("/") and entry["Size"] == 0
+
+
+def _copy(bucket: fetch.Bucket, item: Item, aside: Path) -> None:
+    with naming(aside), aside.open("wb") as file:
+        for piece in bucket.pieces(item.key, 0, item.size):
+            file.write(piece)
+        if file.tell() != item.size:
+            raise fetch.Interrupted(f"{file.tell()} of {item.size} bytes came")

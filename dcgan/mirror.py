@@ -1,0 +1,204 @@
+"""Stores and runs kept at `data.remote`, an s3:// address: the home holds copies of those that are used here.
+
+<remote>/stores/<fingerprint>/      a store is there when its manifest is; so is a checkpoint
+<remote>/stores/index/<key>.json    which input gave which store
+<remote>/runs/<name>/               all of a run but its features, which are made again from a checkpoint
+"""
+
+import json
+import logging
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dcgan import storage
+from dcgan.remote import Remote, RemoteError, in_parallel
+
+log = logging.getLogger(__name__)
+
+EVERY = 30  # seconds between copies of a run that is being trained
+LOCAL = ("features/", ".")  # what of a run stays here
+
+
+def push_store(home: Path, url: str, fingerprint: str) -> None:
+    """Copy a store to the remote, whole or not at all; what an interrupted copy left there is used.
+
+    Raises RemoteError; nothing of the store counts as there then.
+    """
+    _push(Remote(url), home / "stores" / fingerprint, f"stores/{fingerprint}")
+
+
+def _push(remote: Remote, directory: Path, at: str) -> None:
+    if remote.read(f"{at}/{storage.MANIFEST}") == (directory / storage.MANIFEST).read_bytes():
+        return
+    manifest = storage.read_manifest(directory, hashes=False)
+    there = remote.sizes(at)
+    missing = [name for name, entry in manifest["files"].items() if there.get(name) != entry["bytes"]]
+    log.info("copying %d of %d files of %s to %s", len(missing), len(manifest["files"]), directory.name, remote.url)
+    in_parallel(remote.upload, [(directory / name, f"{at}/{name}") for name in missing])
+    remote.write(f"{at}/{storage.MANIFEST}", (directory / storage.MANIFEST).read_bytes())
+
+
+def pull_store(home: Path, url: str, fingerprint: str, cache_gb: float) -> bool:
+    """Copy a store from the remote into the home, file by file, each verified; False if it is not there.
+
+    An interrupted copy is gone on with. The longest unused of the stores that the remote also has are removed first,
+    if all would be more than `cache_gb`. Raises RemoteError, CorruptError, or OSError if this store alone is more.
+    """
+    remote, stores = Remote(url), home / "stores"
+    manifest = remote.read(f"stores/{fingerprint}/{storage.MANIFEST}")
+    if manifest is None:
+        return False
+    if storage.digest(manifest) != fingerprint:
+        raise storage.CorruptError(
+            f"{url}/stores/{fingerprint}/{storage.MANIFEST} is corrupt: its hash is not its name"
+        )
+    _make_room(remote, stores, sum(entry["bytes"] for entry in json.loads(manifest)["files"].values()), cache_gb)
+    _pull(remote, f"stores/{fingerprint}", stores / fingerprint, manifest)
+    return True
+
+
+def _pull(remote: Remote, at: str, directory: Path, manifest: bytes) -> None:
+    """A sealed directory, by way of `.pull-<name>` beside it, which outlives an interruption."""
+    files = json.loads(manifest)["files"]
+    staged = directory.with_name(f".pull-{directory.name}")
+    staged.mkdir(parents=True, exist_ok=True)
+    here = {path.name: storage.sha256(path) for path in staged.iterdir() if path.name in files}
+    missing = {name: entry for name, entry in files.items() if here.get(name) != entry["sha256"]}
+    log.info("copying %d of %d files of %s from %s", len(missing), len(files), directory.name, remote.url)
+    in_parallel(
+        remote.download,
+        [(f"{at}/{name}", staged / name, entry["bytes"], entry["sha256"]) for name, entry in missing.items()],
+    )
+    storage.write_bytes(staged / storage.MANIFEST, manifest)
+    storage.publish(staged, directory)
+    shutil.rmtree(staged, ignore_errors=True)  # another process was first
+
+
+def touch(store: Path) -> None:
+    """Remember that a store was used now."""
+    os.utime(store)
+
+
+def _make_room(remote: Remote, stores: Path, needed: int, cache_gb: float) -> None:
+    limit = cache_gb * 1e9
+    if needed > limit:
+        raise OSError(f"data.cache_gb={cache_gb:g} is too little for a store of {needed / 1e9:.2f} GB")
+    there = sorted(
+        (path.parent for path in stores.glob(f"*/{storage.MANIFEST}")), key=lambda path: path.stat().st_mtime
+    )
+    sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in there}
+    for path in there:
+        if sum(sizes.values()) + needed <= limit:
+            return
+        if remote.read(f"stores/{path.name}/{storage.MANIFEST}") is not None:
+            log.info("removing the copy of image store %s to make room: %s keeps it", path.name, remote.url)
+            storage.discard(path)
+            sizes.pop(path)
+    if sum(sizes.values()) + needed > limit:
+        raise OSError(
+            f"{stores} holds {sum(sizes.values()) / 1e9:.2f} GB of image stores that {remote.url} does not have; with "
+            f"{needed / 1e9:.2f} GB more that is over data.cache_gb={cache_gb:g}"
+        )
+
+
+def read_index(url: str, key: str) -> str | None:
+    """The fingerprint of the store that an input gave, wherever it was ingested."""
+    content = Remote(url).read(f"stores/index/{key}.json")
+    return None if content is None else str(json.loads(content)["fingerprint"])
+
+
+def write_index(url: str, key: str, index: Path) -> None:
+    """Tell the remote which store an input gave; after the store."""
+    Remote(url).write(f"stores/index/{key}.json", index.read_bytes())
+
+
+def push_run(run: Path, url: str) -> None:
+    """Copy what is new of a run to the remote; only one process does so at a time, the one that holds the run.
+
+    Metrics go before checkpoints, and the pointer to the best after it, so that whoever starts from the copy finds
+    every line up to the checkpoint it resumes from. Raises RemoteError.
+    """
+    remote, at = Remote(url), f"runs/{run.name}"
+    ledger = run / ".remote.json"
+    sent: dict[str, list[int]] = json.loads(ledger.read_text()) if ledger.exists() else {}
+    steps = {path.parent for path in (run / "checkpoints").glob(f"*/{storage.MANIFEST}")}
+    for name, state in sorted(_plain(run).items(), key=lambda item: (item[0] == "checkpoints/best.json", item[0])):
+        if name == "checkpoints/best.json":
+            for step in sorted(steps):
+                _push(remote, step, f"{at}/checkpoints/{step.name}")
+        if sent.get(name) != state:
+            remote.write(f"{at}/{name}", (run / name).read_bytes())
+            sent[name] = state
+    kept = {step.name for step in steps}
+    gone = [name for name in remote.sizes(f"{at}/checkpoints") if "/" in name and name.partition("/")[0] not in kept]
+    remote.remove(f"{at}/checkpoints/{name}" for name in sorted(gone))  # manifest.json before state.pt
+    storage.write_json(ledger, sent)
+
+
+def _plain(run: Path) -> dict[str, list[int]]:
+    """The run's files that are not part of a sealed directory: name to length and time of change."""
+    found = {}
+    for path in run.rglob("*"):
+        name = path.relative_to(run).as_posix()
+        sealed = name.startswith("checkpoints/") and name != "checkpoints/best.json"
+        if path.is_file() and not sealed and not name.startswith(LOCAL) and not path.name.startswith("."):
+            status = path.stat()
+            found[name] = [status.st_size, status.st_mtime_ns]
+    return found
+
+
+def pull_run(run: Path, url: str) -> bool:
+    """Copy a run from the remote unless it is here; False if it is here, or not there. Raises RemoteError."""
+    if (run / "experiment.json").exists():
+        return False
+    remote, at = Remote(url), f"runs/{run.name}"
+    there = remote.sizes(at)
+    if "experiment.json" not in there:
+        return False
+    steps = {
+        name.split("/")[1] for name in there if name.startswith("checkpoints/") and name.endswith(storage.MANIFEST)
+    }
+    for step in sorted(steps, key=int):
+        manifest = remote.read(f"{at}/checkpoints/{step}/{storage.MANIFEST}")
+        if manifest is not None:
+            _pull(remote, f"{at}/checkpoints/{step}", run / "checkpoints" / step, manifest)
+    plain = [name for name in there if not name.startswith("checkpoints/") or name == "checkpoints/best.json"]
+    for name in sorted(plain, key=lambda name: name == "experiment.json"):  # last: with it the run is there
+        content = remote.read(f"{at}/{name}")
+        if content is not None:
+            storage.write_bytes(run / name, content)
+    return True
+
+
+@contextmanager
+def follow(run: Path, url: str | None) -> Iterator[None]:
+    """Copy a run to the remote while it is trained, and once more at the end. Training never waits for it.
+
+    A remote that is away meanwhile is a warning; at the end it is a RemoteError, and the same command tries again.
+    """
+    if url is None:
+        yield
+        return
+    stop = threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(EVERY):
+            try:
+                push_run(run, url)
+            except RemoteError as error:
+                log.warning("the run is not copied for now: %s", error)
+            except FileNotFoundError:
+                continue  # a checkpoint was removed meanwhile; the next round sees the new ones
+
+    thread = threading.Thread(target=watch, name="mirror", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+    push_run(run, url)

@@ -1,0 +1,156 @@
+"""Objects at s3://, through s3fs with the usual AWS environment: retried with backoff, verified, never half there.
+
+An object appears whole or not at all, so what is made of several is complete when its manifest, written last, is there.
+"""
+
+import asyncio
+import hashlib
+import logging
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from dcgan import storage
+
+log = logging.getLogger(__name__)
+
+ATTEMPTS = 6  # waits of 1/2, 1, 2, 4 and 8 s between them, with jitter: a server that restarts is back by then
+FIRST_WAIT = 0.5  # seconds
+THREADS = 8  # transfers at once
+PIECE = 2**23  # bytes of a download in memory
+REFUSALS = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError)  # another try would not help
+R = TypeVar("R")
+
+
+class RemoteError(OSError):
+    """The remote did not answer, or not rightly, in ATTEMPTS attempts; the message names the object and the problem."""
+
+
+class Remote:
+    """The objects under one s3:// address, by their path relative to it."""
+
+    def __init__(self, url: str) -> None:
+        import s3fs  # a second; only where something is kept at s3://
+
+        self.url = url.rstrip("/")
+        # No caches: another process may have written since.
+        self._fs: Any = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False)
+
+    def _at(self, path: str) -> str:
+        return f"{self.url}/{path}".removeprefix("s3://")
+
+    def _try(self, what: str, path: str, function: Callable[[], R]) -> R:
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                return function()
+            except REFUSALS:
+                raise
+            except _faults() as error:
+                problem = f"{what} {self.url}/{path}: {type(error).__name__}: {' '.join(str(error).split())}"
+                if attempt == ATTEMPTS:
+                    raise RemoteError(f"{problem} (after {ATTEMPTS} attempts)") from error
+                log.warning("%s; trying again", problem)
+                time.sleep(FIRST_WAIT * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
+        raise AssertionError
+
+    def sizes(self, path: str = "") -> dict[str, int]:
+        """Every object below `path`, by its path relative to it, and its bytes; {} if there is none."""
+        root = self._at(path).rstrip("/")
+        found = self._try("listing", path, lambda: self._fs.find(root, detail=True))
+        return {name.removeprefix(f"{root}/"): entry["size"] for name, entry in found.items()}
+
+    def read(self, path: str) -> bytes | None:
+        """A small object's bytes, or None if it is not there."""
+        try:
+            return self._try("reading", path, lambda: self._fs.cat_file(self._at(path)))
+        except FileNotFoundError:
+            return None
+
+    def write(self, path: str, content: bytes) -> None:
+        """Put a small object there, in place of what was."""
+        self._try("writing", path, lambda: self._fs.pipe_file(self._at(path), content))
+
+    def upload(self, file: Path, path: str) -> None:
+        """Put a file there and ask how long it is; raises RemoteError if it is not as long as the file."""
+
+        def send() -> None:
+            self._fs.put_file(str(file), self._at(path))
+            there, here = self._fs.info(self._at(path))["size"], file.stat().st_size
+            if there != here:
+                raise OSError(f"{there} bytes arrived of {here}")
+
+        self._try("writing", path, send)
+
+    def download(self, path: str, file: Path, size: int, sha256: str) -> None:
+        """Put an object into `file`, which appears only with this length and hash.
+
+        Raises FileNotFoundError, RemoteError, or CorruptError if what is there has another hash twice.
+        """
+
+        def fetch() -> bool:
+            digest, done = hashlib.sha256(), 0
+            with (
+                self._fs.open(self._at(path), "rb", block_size=PIECE, cache_type="none") as source,
+                _aside(file) as out,
+            ):
+                while piece := source.read(PIECE):
+                    digest.update(piece)
+                    done += len(piece)
+                    out.write(piece)
+                if done < size:
+                    raise OSError(f"cut short: {done} bytes of {size}")
+                if digest.hexdigest() != sha256:
+                    raise _Differs
+            return True
+
+        for _ in range(2):
+            try:
+                self._try("reading", path, fetch)
+                return
+            except _Differs:
+                log.warning("%s/%s has another SHA-256 than its manifest says", self.url, path)
+        raise storage.CorruptError(f"{self.url}/{path} is corrupt: its SHA-256 differs from its manifest's")
+
+    def remove(self, paths: Iterable[str]) -> None:
+        """Delete objects, in this order."""
+        for path in paths:
+            self._try("deleting", path, lambda path=path: self._fs.rm_file(self._at(path)))  # type: ignore[misc]
+
+
+class _Differs(Exception):  # noqa: N818  not an error yet
+    pass
+
+
+@contextmanager
+def _aside(file: Path) -> Iterator[Any]:
+    """A file open for writing that becomes `file` if all goes well."""
+    part = file.with_name(f".{file.name}.part")
+    try:
+        with part.open("wb") as out:
+            yield out
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _faults() -> tuple[type[BaseException], ...]:
+    """What s3fs lets through of the network's and the server's failures: it does not wrap them."""
+    import aiohttp
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    return OSError, asyncio.TimeoutError, aiohttp.ClientError, BotoCoreError, ClientError
+
+
+def in_parallel(function: Callable[..., None], arguments: Iterable[tuple[Any, ...]]) -> None:
+    """Call `function` with each of the arguments, THREADS at once; the first error is raised, the rest not begun."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        futures = [pool.submit(function, *each) for each in arguments]
+        try:
+            for future in futures:
+                future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)

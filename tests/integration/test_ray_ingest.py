@@ -1,0 +1,58 @@
+"""Ingestion by Ray Data: the same store as by threads, errors that name the file, shards that are made once."""
+
+import functools
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dcgan import cluster
+from dcgan.config import Data
+from dcgan.data import ingest, shards
+
+pytestmark = pytest.mark.slow
+ROUND = 16 * 3 * 28 * 28  # bytes: sixteen images a shard
+
+
+@pytest.fixture
+def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """150 JPEG in two classes; shards small enough that Ray is worth it."""
+    monkeypatch.setattr(shards, "BYTES", ROUND)
+    monkeypatch.setattr(ingest, "MANY", 2)
+    for i in range(150):
+        path = tmp_path / "tree" / "ab"[i % 2] / f"{i:03d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(i).integers(0, 256, (90, 120, 3), np.uint8)
+        Image.fromarray(pixels).save(path)
+    return tmp_path / "tree"
+
+
+def by_ray(home: Path, concurrency: int | None = None) -> ingest.Maker:
+    return functools.partial(cluster.scatter, home=home, concurrency=concurrency)
+
+
+def data(tree: Path, **settings: object) -> Data:
+    return Data(name="folder", size=28, source=str(tree), test_fraction=0.3, **settings)  # type: ignore[arg-type]
+
+
+def test_any_number_of_workers_makes_the_same_store(tree: Path, tmp_path: Path) -> None:
+    made = {
+        ingest.ingest(data(tree), tmp_path / "threads"),
+        ingest.ingest(data(tree), tmp_path / "ray", maker=by_ray(tmp_path / "ray")),
+        ingest.ingest(data(tree), tmp_path / "one", maker=by_ray(tmp_path / "one", 1)),
+    }
+    assert len(made) == 1
+
+
+def test_an_unreadable_image_is_named_and_what_is_mended_goes_on(tree: Path, tmp_path: Path) -> None:
+    bad = tree / "a" / "100.jpg"
+    whole = bad.read_bytes()
+    bad.write_bytes(whole[:500])
+    home = tmp_path / "home"
+    with pytest.raises(ValueError, match=r"a/100\.jpg can't be decoded \(.*[Tt]runcated.*\): remove it, or set data\.unr"):
+        ingest.ingest(data(tree), home, maker=by_ray(home))
+    assert [path.name for path in (home / "stores").iterdir()] == ["index"]
+    skipping = ingest.ingest(data(tree, unreadable="skip"), home, maker=by_ray(home))
+    bad.write_bytes(whole)
+    assert ingest.ingest(data(tree), home, maker=by_ray(home)) != skipping

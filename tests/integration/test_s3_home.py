@@ -1,0 +1,194 @@
+"""Stores and runs at s3://: a real server over HTTP, with faults, kills and a small cache."""
+
+import math
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import s3
+import torch
+
+from dcgan import checkpoint, mirror, remote, stages, storage
+from dcgan.config import Experiment, build
+from dcgan.data.ingest import ingest
+from dcgan.data.store import Store
+from dcgan.remote import Remote, RemoteError
+
+pytestmark = pytest.mark.slow
+URL = "s3://bucket/team"
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[s3.Store]:
+    with s3.server(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@pytest.fixture
+def server(running: s3.Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[s3.Store]:
+    """The server, empty and without faults; waits between attempts are a hundredth as long."""
+    monkeypatch.setattr(remote, "FIRST_WAIT", 0.005)
+    running.clear()
+    yield running
+    running.clear()
+    there = Remote("s3://bucket")
+    there.remove(there.sizes())
+
+
+def digits(home: Path, *overrides: str) -> Experiment:
+    short = ["train.steps=4", "train.log_every=1", "train.checkpoint_every=2", "train.sample_every=4", "model.width=4"]
+    given = [f"data.home={home}", f"data.remote={URL}", "compute.workers=0", *short, *overrides]
+    return build("digits", given)
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
+
+
+def test_what_one_home_ingested_another_only_copies(server: s3.Store, tmp_path: Path) -> None:
+    fingerprint = ingest(digits(tmp_path / "a").data, tmp_path / "a")
+    before = len(server.log)
+    assert ingest(digits(tmp_path / "a").data, tmp_path / "a") == fingerprint
+    assert {seen.method for seen in server.log[before:]} <= {"GET", "HEAD"}, "nothing is written twice"
+    assert ingest(digits(tmp_path / "b").data, tmp_path / "b") == fingerprint
+    assert content(tmp_path / "a" / "stores" / fingerprint) == content(tmp_path / "b" / "stores" / fingerprint)
+    assert not list((tmp_path / "b" / "stores").glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [(503, "PUT"), (500, "GET"), ("reset", "GET"), ("truncate", "GET"), ("slow", "GET"), (503, "HEAD")],
+)
+def test_a_fault_now_and_then_is_ridden_out(
+    server: s3.Store, tmp_path: Path, kind: int | str, method: str, make_store: Callable[..., Store]
+) -> None:
+    made = make_store(tmp_path / "a")
+    server.faults(kind, times=2, method=method, contains="stores", at=1000, seconds=0.01)
+    mirror.push_store(tmp_path / "a", URL, made.fingerprint)
+    server.faults(kind, times=2, method=method, contains="train-00000", at=1000, seconds=0.01)
+    assert mirror.pull_store(tmp_path / "b", URL, made.fingerprint, 1)
+    assert content(tmp_path / "b" / "stores" / made.fingerprint) == content(made.path)
+
+
+@pytest.mark.parametrize("contains", ["train-00000", "manifest.json"])
+def test_a_server_that_stays_broken_publishes_nothing(
+    server: s3.Store, tmp_path: Path, contains: str, make_store: Callable[..., Store]
+) -> None:
+    made = make_store(tmp_path / "a")
+    server.faults(500, times=math.inf, method="PUT", contains=contains)
+    with pytest.raises(RemoteError, match=rf"writing {URL}/stores/{made.fingerprint}/{contains}.*after 6 attempts"):
+        mirror.push_store(tmp_path / "a", URL, made.fingerprint)
+    server.clear()
+    assert not mirror.pull_store(tmp_path / "b", URL, made.fingerprint, 1), "half a store is none"
+    mirror.push_store(tmp_path / "a", URL, made.fingerprint)
+    assert mirror.pull_store(tmp_path / "b", URL, made.fingerprint, 1)
+
+
+def test_an_object_that_is_not_what_the_manifest_says_is_refused_by_name(
+    server: s3.Store, tmp_path: Path, make_store: Callable[..., Store]
+) -> None:
+    made = make_store(tmp_path / "a")
+    mirror.push_store(tmp_path / "a", URL, made.fingerprint)
+    shard = (made.path / "train-00000.npy").read_bytes()
+    Remote(URL).write(f"stores/{made.fingerprint}/train-00000.npy", shard[:-1] + b"?")
+    with pytest.raises(storage.CorruptError, match=r"train-00000\.npy is corrupt"):
+        mirror.pull_store(tmp_path / "b", URL, made.fingerprint, 1)
+    assert not (tmp_path / "b" / "stores" / made.fingerprint).exists()
+
+
+def test_the_longest_unused_stores_make_room(
+    server: s3.Store, tmp_path: Path, make_store: Callable[..., Store]
+) -> None:
+    homes = [make_store(tmp_path / str(seed), seed=seed) for seed in range(4)]
+    for made in homes[:3]:
+        mirror.push_store(made.path.parents[1], URL, made.fingerprint)
+    home, each = tmp_path / "home", sum(map(len, content(homes[0].path).values())) / 1e9
+    for made in homes[:2]:
+        assert mirror.pull_store(home, URL, made.fingerprint, 2.5 * each)
+    mirror.touch(home / "stores" / homes[0].fingerprint)
+    assert mirror.pull_store(home, URL, homes[2].fingerprint, 2.5 * each)
+    there = {path.name for path in (home / "stores").glob("[0-9a-f]*")}
+    assert there == {homes[0].fingerprint, homes[2].fingerprint}
+    with pytest.raises(OSError, match=r"data\.cache_gb=.* is too little for a store of"):
+        mirror.pull_store(home, URL, homes[1].fingerprint, 0.5 * each)
+    shutil.copytree(homes[3].path, home / "stores" / homes[3].fingerprint)  # the only copy there is
+    with pytest.raises(OSError, match="of image stores that s3://bucket/team does not have"):
+        mirror.pull_store(home, URL, homes[1].fingerprint, 1.5 * each)
+    assert (home / "stores" / homes[3].fingerprint).is_dir()
+
+
+def test_a_run_is_gone_on_with_from_its_copy(server: s3.Store, tmp_path: Path) -> None:
+    """A machine is lost after half of the steps; another, with nothing but the address, ends what it began."""
+    alone = stages.ingest(digits(tmp_path / "alone", "data.remote=null"))
+    stages.train(alone)
+    first = stages.ingest(digits(tmp_path / "a"))
+    stages.train(first)
+    there = Remote(URL)
+    late = [name for name in there.sizes(f"runs/{first.name}/checkpoints") if name.startswith("4/")]
+    there.remove(f"runs/{first.name}/checkpoints/{name}" for name in late)
+    shutil.rmtree(tmp_path / "a")
+    again = stages.ingest(digits(tmp_path / "b"))
+    assert again.name == first.name == alone.name
+    assert checkpoint.steps(again) == [2]
+    stages.train(again)
+    ours, theirs = (checkpoint.load(run.checkpoints / "4")["generator"] for run in (again, alone))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert [line["step"] for line in again.metrics()] == [1, 2, 3, 4]
+
+
+def test_a_remote_that_is_away_does_not_stop_training(server: s3.Store, tmp_path: Path) -> None:
+    run = stages.ingest(digits(tmp_path / "a"))
+    server.faults(500, times=math.inf, method="PUT", contains="runs")
+    with pytest.raises(RemoteError, match="after 6 attempts"):
+        stages.train(run)
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == ["2", "4", "best.json"], "trained to the end"
+    server.clear()
+    mirror.push_run(run.path, URL)
+    assert "checkpoints/4/manifest.json" in Remote(URL).sizes(f"runs/{run.name}")
+
+
+def test_checkpoints_that_are_gone_here_go_there(server: s3.Store, tmp_path: Path) -> None:
+    run = stages.ingest(digits(tmp_path / "a", "train.steps=10", "train.keep=1"))
+    stages.train(run)
+    here = {path.name for path in run.checkpoints.iterdir() if path.is_dir()}
+    there = {name.split("/")[0] for name in Remote(URL).sizes(f"runs/{run.name}/checkpoints") if "/" in name}
+    assert here == there
+    assert len(here) <= 2
+
+
+def test_killed_at_random_moments_an_upload_ends_whole(
+    server: s3.Store, tmp_path: Path, make_store: Callable[..., Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten kills while a store of ten shards is copied; a reader sees no store until it is complete."""
+    monkeypatch.setattr("dcgan.data.shards.BYTES", 64 * 3 * 32 * 32)
+    made = make_store(tmp_path / "a", train=600)
+    assert len(made.shards("train")) > 9
+    script = f"""
+        from pathlib import Path
+        from dcgan import mirror
+        mirror.push_store(Path({str(tmp_path / "a")!r}), {URL!r}, {made.fingerprint!r})
+    """
+    server.faults("slow", times=math.inf, method="PUT", seconds=0.05)
+    for _ in range(10):
+        process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)])
+        seen = len(server.log)
+        while len(server.log) == seen and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(random.uniform(0, 0.4))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if mirror.pull_store(tmp_path / "b", URL, made.fingerprint, 1):
+            break
+    server.clear()
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True)
+    shutil.rmtree(tmp_path / "b", ignore_errors=True)
+    assert mirror.pull_store(tmp_path / "b", URL, made.fingerprint, 1)
+    assert content(tmp_path / "b" / "stores" / made.fingerprint) == content(made.path)
+    Store.open(tmp_path / "b", made.fingerprint, verify=True)

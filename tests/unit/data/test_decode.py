@@ -1,0 +1,115 @@
+"""From image files to stored squares: cropping, resizing, JPEG at reduced scale, and what is refused."""
+
+import contextlib
+import io
+import zlib
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision.transforms import v2
+
+from dcgan.data.decode import UnreadableError, decode, square
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    width=st.integers(1, 90),
+    height=st.integers(1, 90),
+    size=st.sampled_from([28, 32, 64]),
+    mode=st.sampled_from(["L", "RGB"]),
+)
+def test_square_is_torchvisions_crop_and_resize(width: int, height: int, size: int, mode: str) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    image = Image.fromarray(pixels).convert(mode)
+    reference = v2.Compose([v2.CenterCrop(min(width, height)), v2.Resize((size, size)), v2.PILToTensor()])
+    np.testing.assert_array_equal(square(image, size), reference(image).numpy())
+
+
+@pytest.mark.parametrize("side", [8, 32, 100, 257])
+def test_resizing_is_antialiased(side: int) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
+    tensor = torch.from_numpy(pixels).permute(2, 0, 1)[None].float()
+    reference = F.interpolate(tensor, (32, 32), mode="bilinear", antialias=True)[0].numpy()
+    assert np.abs(square(Image.fromarray(pixels), 32) - reference).max() <= 1, "Pillow rounds after each of two passes"
+
+
+def encoded(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)  # type: ignore[arg-type]
+    return file.getvalue()
+
+
+def photograph(width: int, height: int) -> Image.Image:
+    """Structure at all scales, the finer the fainter: what a JPEG of a photograph is like."""
+    generator = np.random.default_rng(0)
+    seen = np.zeros((height, width, 3))
+    for side, share in ((3, 0.5), (9, 0.25), (27, 0.15), (81, 0.1)):
+        noise = Image.fromarray(generator.integers(0, 256, (side, side, 3), np.uint8))
+        seen += share * np.asarray(noise.resize((width, height), Image.Resampling.BICUBIC), np.float64)
+    return Image.fromarray(seen.astype(np.uint8))
+
+
+@pytest.mark.parametrize(("width", "height"), [(256, 256), (341, 256), (256, 500), (1024, 768)])
+def test_a_reduced_jpeg_differs_by_less_than_a_level_on_average(width: int, height: int) -> None:
+    raw = encoded(photograph(width, height))
+    reference = square(Image.open(io.BytesIO(raw)).convert("RGB"), 64).astype(int)
+    difference = np.abs(decode(raw, 64) - reference)
+    assert 0 < difference.mean() < 1, "0: it was not decoded at a reduced scale"
+
+
+def test_a_jpeg_less_than_four_times_the_size_is_decoded_whole() -> None:
+    raw = encoded(photograph(250, 250))
+    np.testing.assert_array_equal(decode(raw, 64), square(Image.open(io.BytesIO(raw)).convert("RGB"), 64))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1", "LA"])
+def test_any_mode_becomes_rgb(mode: str) -> None:
+    image = photograph(40, 40).convert(mode)
+    raw = encoded(image, "TIFF" if mode == "CMYK" else "PNG")
+    np.testing.assert_array_equal(decode(raw, 32), square(image.convert("RGB"), 32))
+
+
+def test_exif_is_followed_where_asked() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    raw = encoded(photograph(40, 40), "PNG", exif=exif)
+    np.testing.assert_allclose(decode(raw, 32, exif=True), np.rot90(decode(raw, 32), -1, (1, 2)), atol=1)
+
+
+def bomb() -> bytes:
+    """A PNG header that promises 20,000 x 20,000 pixels."""
+    raw = bytearray(encoded(Image.new("RGB", (1, 1)), "PNG"))
+    raw[16:24] = (20_000).to_bytes(4, "big") * 2
+    raw[29:33] = zlib.crc32(raw[12:29]).to_bytes(4, "big")
+    return bytes(raw)
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (b"", "not a JPEG, PNG"),
+        (b"%!PS-Adobe", "not a JPEG, PNG"),
+        (encoded(photograph(64, 64))[:900], "truncated"),
+        (encoded(Image.new("I;16", (9, 9)), "PNG"), "more than 8 bits"),
+        (bomb(), "400000000 pixels"),
+    ],
+    ids=["empty", "postscript", "truncated", "deep", "bomb"],
+)
+def test_what_is_no_usable_image_is_refused(raw: bytes, message: str) -> None:
+    with pytest.raises(UnreadableError, match=message):
+        decode(raw, 32)
+
+
+@settings(max_examples=80)
+@given(data=st.data(), kind=st.sampled_from(["JPEG", "PNG", "WEBP", "GIF", "BMP"]))
+def test_a_damaged_file_is_decoded_or_refused(data: st.DataObject, kind: str) -> None:
+    raw = bytearray(encoded(photograph(48, 40), kind))
+    for _ in range(data.draw(st.integers(1, 8))):
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    with contextlib.suppress(UnreadableError):
+        assert decode(bytes(raw), 32).shape == (3, 32, 32)
