@@ -86,13 +86,14 @@ def scatter(
     """
     with session(home, 1):
         import ray
-        from ray.data import DataContext
+        from ray.data import DataContext, TaskPoolStrategy
 
         context = DataContext.get_current()
         context.enable_progress_bars = False
         context.print_on_execution_start = False
         context.enable_operator_progress_bars = False
-        logging.getLogger("ray.data").setLevel(logging.WARNING)
+        for name in ("ray.data", "ray.data.util", "ray.data._internal"):
+            logging.getLogger(name).setLevel(logging.ERROR)  # that jobs are pickled and nothing is drawn is as wanted
         rows = [{"job": job} for job in jobs]
 
         def work(row: dict[str, Any]) -> dict[str, Any]:
@@ -101,7 +102,8 @@ def scatter(
             except (OSError, RuntimeError, *REPEATS) as error:  # Ray Data would wrap it beyond recognition
                 return {"result": None, "error": error}
 
-        data = ray.data.from_items(rows, override_num_blocks=len(rows)).map(work, num_cpus=1, concurrency=concurrency)
+        pool = TaskPoolStrategy(size=concurrency)
+        data = ray.data.from_items(rows, override_num_blocks=len(rows)).map(work, num_cpus=1, compute=pool)
         for row in data.iter_rows():
             if row["error"] is not None:
                 raise row["error"]

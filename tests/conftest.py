@@ -72,4 +72,5 @@ def _make_store(
         ]
         for split, count in (("train", train), ("test", test))
     }
-    return write_store(home, store.Description("random", names, size, channels, "none"), splits)
+    description = store.Description("random", names, size, channels, "none")
+    return write_store(home, description, splits, [store.SourceFile("random", 0, "00")])

@@ -22,7 +22,7 @@ from typing import Any
 from dcgan import storage
 from dcgan.config import Data
 from dcgan.data import shards, store
-from dcgan.data.decode import REDUCED, TRANSFORM
+from dcgan.data.decode import TRANSFORM
 from dcgan.data.shards import Job
 from dcgan.data.sources import SOURCES
 from dcgan.data.sources.base import Opened
@@ -60,7 +60,7 @@ def ingest(data: Data, home: Path, verify: bool = False, maker: Maker = by_threa
     given = {
         "settings": settings,
         "signature": source.signature(data),
-        "transform": [TRANSFORM, REDUCED, shards.BYTES],
+        "transform": [TRANSFORM, shards.BYTES],
     }
     key = hashlib.sha256(storage.dump_json(given).encode()).hexdigest()[:16]
     index = home / "stores" / "index" / f"{key}.json"

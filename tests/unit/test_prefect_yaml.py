@@ -77,7 +77,7 @@ def test_form_offers_the_presets_as_a_choice_and_explains_both_parameters() -> N
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"preset": "lsun"}, {"preset": "digits", "overrides": "train.steps=1"}, {"steps": 1}]
+    "wrong", [{"preset": "imagenet21k"}, {"preset": "digits", "overrides": "train.steps=1"}, {"steps": 1}]
 )
 def test_flow_refuses_wrong_parameters(wrong: dict[str, Any]) -> None:
     flow = flow_of(DEPLOYMENTS["digits"])

@@ -89,7 +89,7 @@ def test_every_dcgan_command_is_accepted() -> None:
         if "overrides" in chosen:
             config.build(chosen.target, chosen.overrides)
     for name in re.findall(r"`dcgan (\w+)", README):
-        assert name in (*cli.COMMANDS, "sample", "sync"), name
+        assert name in (*cli.COMMANDS, "sample", "sync", "data"), name
 
 
 def test_every_deployment_and_module_exists() -> None:

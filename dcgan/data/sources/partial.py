@@ -49,8 +49,6 @@ class Partial:
         self.final, self.path, self._file = final, path, file
         self._about = path.with_name(f"{path.name}.json")
         self.version = self._read()
-        if self.version is None:
-            self.discard()
 
     def _read(self) -> Version | None:
         try:

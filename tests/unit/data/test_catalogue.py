@@ -50,7 +50,7 @@ def test_show_describes_and_draws(home: Path, make_store: Make, capsys: pytest.C
     assert f"{pixels.mean():.1f} ± {pixels.std():.1f}" in printed
     assert "0 32, 1 32" in printed
     picture = np.asarray(Image.open(home / "sheet.png"))
-    assert picture.shape == (4 * 34 + 2, 16 * 34 + 2, 3), "20 of 64 and 16 of 16: two rows and one, rounded up"
+    assert picture.shape == (3 * 34 + 2, 16 * 34 + 2, 3), "16 of 16 are one row, 20 of 64 are two"
     np.testing.assert_array_equal(picture[2:34, 2:34], store.images("test")[0].transpose(1, 2, 0))
 
 

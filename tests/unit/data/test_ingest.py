@@ -3,12 +3,13 @@
 import logging
 import shutil
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from dcgan.config import Data, build
+from dcgan.config import Data, DataSet, build
 from dcgan.data import sources
 from dcgan.data.ingest import ingest
 from dcgan.data.sources import digits
@@ -90,7 +91,7 @@ def test_nothing_is_written_outside_stores_and_downloads(tmp_path: Path) -> None
 
 
 def test_every_data_set_has_a_source() -> None:
-    assert set(sources.SOURCES) == {"digits", "mnist", "cifar10", "folder"}
+    assert set(sources.SOURCES) == set(get_args(DataSet))
     for source in sources.SOURCES.values():
         assert callable(source.signature)
         assert callable(source.read)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from email.utils import formatdate
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -95,6 +96,8 @@ def test_a_check_of_a_large_file_is_remembered_while_the_file_is_unchanged(
     with pytest.raises(storage.CorruptError):
         published.check(path, MD5)  # trusts no note
     assert get(tmp_path, mirror.address, digest=hashlib.sha256(GOOD).hexdigest()) == GOOD, "the note is for one digest"
+    assert get(tmp_path, mirror.address) == GOOD
+    kept = path.stat().st_mtime_ns
     path.write_bytes(OTHER)
     os.utime(path, ns=(kept + 1, kept + 1))
     assert get(tmp_path, mirror.address) == GOOD
@@ -237,12 +240,13 @@ def test_an_empty_file_is_a_file(make_mirror: Make, tmp_path: Path) -> None:
 
 
 def test_the_next_address_does_not_go_on_with_a_file_of_another_length(
-    make_mirror: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_mirror: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     first, second = make_mirror(f=OTHER + b"more"), make_mirror(f=GOOD)
     stop_halfway(first, tmp_path, monkeypatch)
     assert get(tmp_path, second.address) == GOOD
     assert [seen.range for seen in second.log] == ["bytes=100000-", None]
+    assert "is not the published file" not in caplog.text
 
 
 # What is refused
@@ -390,6 +394,14 @@ def test_a_full_disk_is_named_and_what_fitted_is_used(make_mirror: Make, tmp_pat
     assert (tmp_path / "f.part").stat().st_size == 100_000
     assert get(tmp_path, mirror.address) == GOOD
     assert mirror.log[-1].range == "bytes=100000-"
+
+
+def test_a_disk_that_takes_a_piece_in_parts_gets_all_of_it(tmp_path: Path) -> None:
+    with partial.partial(tmp_path / "f") as part:
+        write = part._file.write
+        part._file = SimpleNamespace(write=lambda rest: write(rest[:7]), fileno=part._file.fileno)  # type: ignore
+        part.append(GOOD[:100])
+        assert part.path.read_bytes() == GOOD[:100]
 
 
 def test_a_place_that_takes_no_files_is_named(make_mirror: Make, tmp_path: Path) -> None:
