@@ -46,6 +46,14 @@ HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding"}  # a proxy answer
 # What the developer's own account, or a test before, may have set; none of it may reach the server under test.
 UNSET = ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3", "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS")
 
+# The server, ended by the end of its input: tests that are killed leave none behind.
+SERVE = """
+import os, sys, threading
+from moto.server import main
+threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
+main(sys.argv[1:])
+"""
+
 
 @dataclass
 class Request:
@@ -246,10 +254,12 @@ def server(directory: Path) -> Iterator[Store]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    command = [sys.executable, "-c", SERVE, "-H", "127.0.0.1", "-p", str(port)]
     log = directory / "s3.log"
     with log.open("a") as output:
-        process = subprocess.Popen(command, cwd=directory, stdout=output, stderr=output, start_new_session=True)
+        process = subprocess.Popen(
+            command, cwd=directory, stdin=subprocess.PIPE, stdout=output, stderr=output, start_new_session=True
+        )
     try:
         _wait(process, port, log)
         with Proxy(port) as proxy, mock.patch.dict(os.environ):
@@ -261,7 +271,7 @@ def server(directory: Path) -> Iterator[Store]:
             yield store
     finally:
         process.kill()
-        process.wait()
+        process.communicate()
 
 
 def _wait(process: "subprocess.Popen[bytes]", port: int, log: Path) -> None:

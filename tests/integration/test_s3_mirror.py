@@ -192,7 +192,10 @@ def test_what_changed_is_fetched_again_and_what_is_gone_removed(
     store.put(f"{tree}/n01/a.jpg", b"A" * 10)
     store.put(f"{tree}/d.txt", b"d")
     store.delete(f"{tree}/n02/c.jpg")
-    (root / "n01/deep/b c+é.jpg").write_bytes(b"edited here")
+    edited = root / "n01/deep/b c+é.jpg"
+    kept = edited.stat().st_mtime_ns
+    edited.write_bytes(b"edited here")
+    os.utime(edited, ns=(kept, kept))
     store.clear()
     with caplog.at_level(logging.WARNING):
         published.tree(given(store, tree), tmp_path)
@@ -223,6 +226,43 @@ def test_a_staging_that_failed_leaves_whole_files_and_goes_on(store: s3.Store, t
     assert content(published.tree(given(store, tree), tmp_path)) == TREE
     assert set(fetched(store)) == {"d.txt"}
     assert not [path.name for path in tmp_path.iterdir() if path.name.endswith(".aside")]
+
+
+def test_an_object_that_shrinks_after_it_was_listed_is_not_taken(
+    store: s3.Store, tree: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listing = fetch.Bucket.page
+
+    def page(bucket: fetch.Bucket, prefix: str, after: str | None) -> object:
+        found = listing(bucket, prefix, after)
+        store.put(f"{tree}/n01/a.jpg", b"a")
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fetch.Bucket, "page", page)
+        with pytest.raises(published.DownloadError, match=r"1 of 10 bytes came"):
+            published.tree(given(store, tree), tmp_path)
+    assert content(published.tree(given(store, tree), tmp_path)) == TREE | {"n01/a.jpg": b"a"}
+
+
+def test_a_tree_with_files_that_could_not_be_removed_is_not_complete(
+    store: s3.Store, tree: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published.tree(given(store, tree), tmp_path)
+    store.delete(f"{tree}/n02/c.jpg")
+    unlink = Path.unlink
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        if path.name == "c.jpg":
+            raise PermissionError(path)
+        unlink(path, missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refuse)
+        with pytest.raises(PermissionError):
+            published.tree(given(store, tree), tmp_path)
+    with pytest.raises(FileNotFoundError, match="is not complete"):
+        published.tree(given(store, tree, offline=True), tmp_path)
 
 
 def test_an_address_with_nothing_below_it_is_refused(store: s3.Store, tmp_path: Path) -> None:

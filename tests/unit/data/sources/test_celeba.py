@@ -25,7 +25,7 @@ SPLITS = [0] * 25 + [1] * 8 + [2] * 7
 
 
 def given(source: object) -> Data:
-    return Data(name="celeba", size=64, source=str(source))
+    return Data(name="celeba", size=128, source=str(source))
 
 
 def name(number: int) -> str:
@@ -83,7 +83,10 @@ def test_names_and_checksums_are_torchvisions() -> None:
 
 
 def theirs(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: str) -> np.ndarray:
-    """Torchvision's images of the same files at 64 px; it reads annotations that we don't, so they are made up."""
+    """Torchvision's images of the same files at 128 px, from twice which on a JPEG is scaled while it is decoded.
+
+    It reads annotations that we don't, so they are made up.
+    """
     loader = torchvision.datasets.CelebA
     root = tmp_path / "theirs" / loader.base_folder
     if not root.exists():
@@ -94,8 +97,8 @@ def theirs(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: s
             (tree / f"{file}.txt").write_text(f"{COUNT}\na\n{rows}")
         (tree / "identity_CelebA.txt").write_text(rows)
     monkeypatch.setattr(loader, "_check_integrity", lambda self: True)
-    to_64 = v2.Compose([v2.CenterCrop(178), v2.Resize(64), v2.PILToTensor()])
-    return np.stack([to_64(image).numpy() for image, _ in loader(str(root.parent), split=split)])
+    small = v2.Compose([v2.CenterCrop(178), v2.Resize(128), v2.PILToTensor()])
+    return np.stack([small(image).numpy() for image, _ in loader(str(root.parent), split=split)])
 
 
 @pytest.mark.parametrize("kind", ["tree", "packed"])
@@ -140,14 +143,14 @@ def test_a_mirror_gives_the_same_and_is_found_again(tree: Path, packed: Path, tm
     address, asked = serve(lambda file, _: (200, raw := (packed / file).read_bytes(), len(raw)))
     expected = celeba.read(given(packed), tmp_path).sources
     assert celeba.read(given(address), tmp_path / "downloads").sources == expected
-    assert celeba.read(Data(name="celeba", size=64), tmp_path / "downloads").sources == expected
+    assert celeba.read(Data(name="celeba", size=128), tmp_path / "downloads").sources == expected
     assert asked == [celeba.PARTITION, celeba.ARCHIVE]
 
 
 def test_signatures_are_equal_only_if_the_images_are(tree: Path, packed: Path) -> None:
     first = celeba.signature(given(tree))
     assert first == json.loads(json.dumps(first)) != celeba.signature(given(packed))
-    assert celeba.signature(given(packed)) == celeba.signature(Data(name="celeba", size=64))
+    assert celeba.signature(given(packed)) == celeba.signature(Data(name="celeba", size=128))
     (tree / celeba.FOLDER / name(3)).write_bytes(b"another")
     assert celeba.signature(given(tree)) != first
 
@@ -160,7 +163,7 @@ def test_the_refusal_says_which_files_to_put_where(
     (tree / celeba.FOLDER).rename(tree / "elsewhere")
     (tmp_path / "empty").mkdir()
     places = {"nothing": tmp_path / "empty", "no partition": packed, "no images": tree}
-    data = given(places[source]) if source else Data(name="celeba", size=64)
+    data = given(places[source]) if source else Data(name="celeba", size=128)
     with pytest.raises(FileNotFoundError) as refusal:
         celeba.read(data, tmp_path / "downloads")
     message = str(refusal.value)

@@ -24,7 +24,7 @@ PEOPLE = {"Aaron_A": 3, "Bea_B": 1, "Cy_C": 20, "Di_D": 16}
 
 
 def given(source: object, **settings: object) -> Data:
-    return Data(name="lfw", size=64, source=str(source), **{"test_fraction": 0.3, **settings})  # type: ignore[arg-type]
+    return Data(name="lfw", size=128, source=str(source), **{"test_fraction": 0.3, **settings})  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_address_and_checksum_are_torchvisions() -> None:
 
 
 def theirs(tree: Path, archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
-    """Torchvision's images of the same tree and archive at 64 px, by their path within the tree."""
+    """Torchvision's images of the same tree and archive at 128 px, by their path within the tree."""
     loader = torchvision.datasets.LFWPeople
     root = tmp_path / "theirs" / loader.base_folder
     root.mkdir(parents=True)
@@ -83,8 +83,8 @@ def theirs(tree: Path, archive: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(loader, "file_dict", {"deepfunneled": (lfw.FOLDER, lfw.ARCHIVE, lfw.ARCHIVE_MD5)})
     faces = loader(str(root.parent), split="train", image_set="deepfunneled")
     names = [str(Path(path).relative_to(root / lfw.FOLDER)) for path in faces.data]
-    to_64 = v2.Compose([v2.CenterCrop(250), v2.Resize(64), v2.PILToTensor()])
-    return {name: to_64(faces[i][0]).numpy() for i, name in enumerate(names)}
+    small = v2.Compose([v2.CenterCrop(250), v2.Resize(128), v2.PILToTensor()])
+    return {name: small(faces[i][0]).numpy() for i, name in enumerate(names)}
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["archive", "tree"])
@@ -189,7 +189,7 @@ def test_if_its_server_is_gone_the_refusal_says_what_to_do(
 
     if not offline:
         monkeypatch.setattr(published, "fetch", gone)
-    data = Data(name="lfw", size=64, offline=offline)
+    data = Data(name="lfw", size=128, offline=offline)
     with pytest.raises(
         FileNotFoundError, match=rf"put lfw-deepfunneled\.tgz \(MD5 {lfw.ARCHIVE_MD5}\) into .*data\.so"
     ):
