@@ -135,6 +135,9 @@ def _train(run: Run) -> None:
 def _evaluate(run: Run) -> None:
     from dcgan import stages, tables
 
+    if not stages.protocols(run):
+        print("not scored: the images have no classes")
+        return
     for protocol in stages.protocols(run):
         print(f"scoring {protocol}", flush=True)
         stages.evaluate(run, protocol)

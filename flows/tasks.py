@@ -18,6 +18,7 @@ from prefect.client.schemas.objects import State, TaskRun
 from dcgan import config, stages, tables
 from dcgan.config import Protocol
 from dcgan.data.sources.published import DownloadError
+from dcgan.remote import RemoteError
 from dcgan.run import Run
 
 HOUR = 3600.0
@@ -25,7 +26,7 @@ HOUR = 3600.0
 
 def _is_download(task: Any, task_run: TaskRun, state: State) -> bool:
     """Whether the network failed. Wrong settings, missing and corrupt files would only fail again."""
-    return isinstance(state.result(raise_on_failure=False), DownloadError)
+    return isinstance(state.result(raise_on_failure=False), DownloadError | RemoteError)
 
 
 @task(

@@ -79,7 +79,9 @@ def describe(path: Path) -> str:
         pixels = ", ".join(f"{mean:.1f} ± {deviation:.1f}" for mean, deviation in store.pixel_statistics(split))
         lines.append(f"{split}: {store.count(split):,} images; pixels {pixels}{_balance(store, split)}")
     removed, skipped = store.manifest["duplicates_removed"], len(store.manifest["skipped"])
-    lines.append(f"near-duplicates removed: {removed:,}; images skipped: {skipped:,}")
+    shown = path.parent.parent / "duplicates" / path.name
+    where = f", shown in {shown}" if shown.exists() else ""
+    lines.append(f"near-duplicates removed: {removed:,}{where}; images skipped: {skipped:,}")
     lines += [f"from {file['name']}, {file['bytes']:,} bytes, {file['sha256']}" for file in store.manifest["sources"]]
     return "\n".join(lines)
 

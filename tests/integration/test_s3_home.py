@@ -11,12 +11,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import s3
 import torch
 
-from dcgan import checkpoint, mirror, remote, stages, storage
-from dcgan.config import Experiment, build
+from dcgan import checkpoint, mirror, pictures, remote, stages, storage
+from dcgan.config import Data, Experiment, build
 from dcgan.data.ingest import ingest
 from dcgan.data.store import Store
 from dcgan.remote import Remote, RemoteError
@@ -60,6 +61,21 @@ def test_what_one_home_ingested_another_only_copies(server: s3.Store, tmp_path: 
     assert ingest(digits(tmp_path / "b").data, tmp_path / "b") == fingerprint
     assert content(tmp_path / "a" / "stores" / fingerprint) == content(tmp_path / "b" / "stores" / fingerprint)
     assert not list((tmp_path / "b" / "stores").glob(".*"))
+
+
+def test_a_tree_at_s3_is_the_same_data_as_here(server: s3.Store, tmp_path: Path) -> None:
+    for i in range(30):
+        path = tmp_path / "tree" / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pictures.write_png(path, np.full((28, 28, 3), 5 * i, np.uint8))
+        Remote("s3://bucket").upload(path, path.relative_to(tmp_path).as_posix())
+    here, there = (
+        ingest(
+            Data(name="folder", size=28, source=source, test_fraction=0.3, home=tmp_path / "home"), tmp_path / "home"
+        )
+        for source in (str(tmp_path / "tree"), "s3://bucket/tree")
+    )
+    assert here == there
 
 
 @pytest.mark.parametrize(

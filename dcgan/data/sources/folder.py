@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from dcgan.config import Data
 from dcgan.data.decode import TRANSFORM
 from dcgan.data.records import Entry, Files
+from dcgan.data.sources import archives
 from dcgan.data.sources.base import Opened, held_out, require_both
 from dcgan.data.store import Description, SourceFile
 
@@ -64,10 +65,7 @@ def read(data: Data, downloads: Path) -> Opened:
 
 
 def _root(data: Data) -> Path:
-    root = Path(data.source or "").expanduser().absolute()
-    if not root.is_dir():
-        raise FileNotFoundError(f"data.source={data.source} is not a directory")
-    return root
+    return archives.tree(data, "folder")
 
 
 def _names(root: Path) -> list[str]:
