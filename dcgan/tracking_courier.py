@@ -14,6 +14,7 @@ from PIL import Image
 
 from dcgan import checkpoint, storage, summary, tracking, tracking_models, tracking_run
 from dcgan.config import digest
+from dcgan.data import catalogue
 from dcgan.data.store import Store
 from dcgan.run import Run
 from dcgan.tracking import Delivery, Ledger
@@ -60,13 +61,13 @@ class Courier:
     def _data(self, again: bool) -> None:
         store = self.run.home / "stores" / self.run.fingerprint
         here = (store / storage.MANIFEST).is_file()  # it may have been removed since
-        profile = Store.open(self.run.home, self.run.fingerprint).profile() if here else {}
+        profile = catalogue.profile(Store.open(self.run.home, self.run.fingerprint)) if here else {}
         dataset = Dataset(
             name=summary.dataset(self.run),
             digest=self.run.fingerprint,
             source_type="local",
             source=json.dumps({"uri": str(store)}),
-            profile=json.dumps(profile),
+            profile=json.dumps(profile, ensure_ascii=False),
         )
         context = [InputTag("mlflow.data.context", "training")]
         self.client.log_inputs(self.ledger.run_id, [DatasetInput(dataset, context)])

@@ -72,28 +72,39 @@ def verify(path: Path) -> str:
 
 
 def describe(path: Path) -> str:
-    """Class balance and pixel statistics of each split, the transform, the sources with their hashes."""
+    """The `profile` of a store in lines, the transform, the sources with their hashes."""
     store = Store.open(path.parent.parent, path.name)
-    lines = [f"{store.dataset}, {store.size} px, {store.channels} channels; {store.manifest['transform']}"]
-    for split in store.splits:
-        pixels = ", ".join(f"{mean:.1f} ± {deviation:.1f}" for mean, deviation in store.pixel_statistics(split))
-        lines.append(f"{split}: {store.count(split):,} images; pixels {pixels}{_balance(store, split)}")
-    removed, skipped = store.manifest["duplicates_removed"], len(store.manifest["skipped"])
-    shown = path.parent.parent / "duplicates" / path.name
-    where = f", shown in {shown}" if shown.exists() else ""
-    lines.append(f"near-duplicates removed: {removed:,}{where}; images skipped: {skipped:,}")
+    lines = [f"{key}: {value}" for key, value in profile(store).items()]
+    lines.append(f"transform: {store.manifest['transform']}")
+    duplicates = path.parent.parent / "duplicates" / path.name
+    if duplicates.exists():
+        lines.append(f"duplicates are shown in {duplicates}")
     lines += [f"from {file['name']}, {file['bytes']:,} bytes, {file['sha256']}" for file in store.manifest["sources"]]
     return "\n".join(lines)
+
+
+def profile(store: Store) -> dict[str, str]:
+    """Counts, class balance and pixel statistics by split, and what was left out: short texts for people to look at."""
+    found = {"data set": store.dataset, "size": f"{store.size} px, {store.channels} channels"}
+    for split in store.splits:
+        found[f"{split} images"] = f"{store.count(split):,}"
+        found[f"{split} pixels"] = ", ".join(
+            f"{mean:.1f} ± {deviation:.1f}" for mean, deviation in store.pixel_statistics(split)
+        )
+        found[f"{split} classes"] = _balance(store, split)
+    found["duplicates removed"] = f"{store.manifest['duplicates_removed']:,}"
+    found["skipped"] = f"{len(store.manifest['skipped']):,}"
+    return found
 
 
 def _balance(store: Store, split: str) -> str:
     """The classes' counts where they can be read in a line, else their range."""
     counts = store.balance(split)
     if not counts:
-        return "; no labels"
+        return "no labels"
     if len(counts) > COLUMNS:
-        return f"; {len(counts)} classes of {min(counts.values()):,} to {max(counts.values()):,}"
-    return "; " + ", ".join(f"{name} {count:,}" for name, count in counts.items())
+        return f"{len(counts)} of {min(counts.values()):,} to {max(counts.values()):,} images"
+    return ", ".join(f"{name} {count:,}" for name, count in counts.items())
 
 
 def show(path: Path, count: int, out: Path) -> None:

@@ -232,21 +232,6 @@ class Store:
         counts = np.bincount(labels, minlength=len(self.classes))
         return dict(zip(self.classes, counts.tolist(), strict=True))
 
-    def profile(self) -> dict[str, Any]:
-        """Counts, class balance and pixel statistics by split, and what was left out: for people to look at."""
-        return {
-            "size": self.size,
-            "channels": self.channels,
-            "counts": self.manifest["counts"],
-            "classes": {split: self.balance(split) for split in self.splits},
-            "pixels": {
-                split: [{"mean": round(mean, 3), "std": round(std, 3)} for mean, std in self.pixel_statistics(split)]
-                for split in self.splits
-            },
-            "duplicates_removed": self.manifest["duplicates_removed"],
-            "skipped": len(self.manifest["skipped"]),
-        }
-
     def pixel_statistics(self, split: str) -> list[tuple[float, float]]:
         """Mean and standard deviation of each channel's pixels, in 0..255, over a split."""
         totals, pixels = self.manifest["pixels"][split], self.count(split) * self.size**2

@@ -46,7 +46,7 @@ def test_show_describes_and_draws(home: Path, make_store: Make, capsys: pytest.C
     assert main(["data", "show", store.fingerprint[:6], "--count", "20", "--out", str(home / "sheet.png")]) == 0
     printed = capsys.readouterr().out
     pixels = store.images("train")[:, 0].astype(float)
-    assert "train: 64 images; pixels" in printed
+    assert "train images: 64\n" in printed
     assert f"{pixels.mean():.1f} ± {pixels.std():.1f}" in printed
     assert "0 32, 1 32" in printed
     picture = np.asarray(Image.open(home / "sheet.png"))
