@@ -93,8 +93,7 @@ def seal(directory: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Write the manifest: `metadata` and, under `files`, each file's bytes and SHA-256. Returns the manifest."""
     files = {}
     for path in sorted(p for p in directory.rglob("*") if p.is_file()):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+        flush(path)
         files[path.relative_to(directory).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
     manifest = {**metadata, "files": files}
     write_json(directory / MANIFEST, manifest)
@@ -103,18 +102,18 @@ def seal(directory: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 def publish(staged: Path, destination: Path) -> None:
     """Rename a sealed directory into place. If the destination is already there, it stays and `staged` is dropped."""
-    _sync(staged)
+    flush(staged)
     try:
         os.rename(staged, destination)
     except OSError:
         if not (destination / MANIFEST).is_file():
             raise
-    _sync(destination.parent)
+    flush(destination.parent)
 
 
-def _sync(directory: Path) -> None:
-    """Put the names in a directory on the disk: a file's own fsync does not."""
-    descriptor = os.open(directory, os.O_RDONLY)
+def flush(path: Path) -> None:
+    """Put a file's bytes, or the names in a directory, on the disk: a file's own fsync does not do the latter."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

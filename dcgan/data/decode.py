@@ -28,7 +28,11 @@ def decode(raw: bytes, size: int, exif: bool = False) -> np.ndarray:
     Raises UnreadableError for another format, a damaged file, more than 8 bits a channel, or more pixels than
     Pillow's limit (89 million): nothing is decoded then.
     """
-    if raw.startswith(JPEG) and not (exif and EXIF in raw[:SEGMENT]) and (planes := _jpeg(raw, size)) is not None:
+    if (
+        raw.startswith(JPEG)
+        and not (exif and raw.find(EXIF, 0, SEGMENT) >= 0)
+        and (planes := _jpeg(raw, size)) is not None
+    ):
         return planes
     try:
         with Image.open(io.BytesIO(raw), formats=FORMATS) as image:
@@ -68,10 +72,9 @@ def _jpeg(raw: bytes, size: int) -> np.ndarray | None:
         raise
     except ValueError:  # a kind it does not know, or damage that libjpeg warns of
         return None
-    eighths = round(8 * pixels.shape[1] / width)
-    if eighths == 8:
+    if not scaled:
         return square(Image.fromarray(pixels), size)
-    return _reduced_square(Image.fromarray(pixels), size, (width, height), eighths / 8)
+    return _reduced_square(pixels, size, (width, height), round(8 * pixels.shape[1] / width) / 8)
 
 
 def square(image: Image.Image, size: int) -> np.ndarray:
@@ -88,12 +91,17 @@ def square(image: Image.Image, size: int) -> np.ndarray:
     return _planes(image)
 
 
-def _reduced_square(image: Image.Image, size: int, whole: tuple[int, int], scale: float) -> np.ndarray:
-    """`square` of an image of `whole` pixels that was decoded at a scale: the same stretch of it, to a fraction."""
+def _reduced_square(pixels: np.ndarray, size: int, whole: tuple[int, int], scale: float) -> np.ndarray:
+    """`square` of an image of `whole` pixels that was decoded at a scale: the same stretch of it, to a fraction.
+
+    Where that needs no filter, to the nearest pixel, which is half a pixel at most.
+    """
     side = min(whole)
     left, top = (round((edge - side) / 2) * scale for edge in whole)
-    if side * scale == size and left.is_integer() and top.is_integer():
-        return _planes(image.crop((int(left), int(top), int(left) + size, int(top) + size)))
+    if min(pixels.shape[:2]) == size:
+        x, y = min(round(left), pixels.shape[1] - size), min(round(top), pixels.shape[0] - size)
+        return pixels[y : y + size, x : x + size].transpose(2, 0, 1)
+    image = Image.fromarray(pixels)
     box = (left, top, min(left + side * scale, image.width), min(top + side * scale, image.height))
     return _planes(image.resize((size, size), Image.Resampling.BILINEAR, box=box))
 

@@ -59,15 +59,13 @@ class _Hashed:
 
 
 def write_array(path: Path, array: np.ndarray) -> dict[str, Any]:
-    """Write an .npy file aside, put it on the disk, rename it into place; its length and hash."""
+    """Write an .npy file aside and rename it into place; its length and hash. `finish` puts it on the disk."""
     aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with aside.open("wb") as file:
             hashed = _Hashed(file)
             np.lib.format.write_array_header_1_0(hashed, np.lib.format.header_data_from_array_1_0(array))
             hashed.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-            file.flush()
-            os.fsync(file.fileno())
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
@@ -109,6 +107,8 @@ def finish(
         "duplicates_removed": duplicates_removed,
         "files": known,
     }
+    for file in known:
+        storage.flush(directory / file)
     storage.write_json(directory / storage.MANIFEST, manifest)
     name = storage.fingerprint(directory)
     for path in directory.iterdir():

@@ -10,14 +10,16 @@ import hashlib
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
+
+import numpy as np
 
 from dcgan.config import Data
 from dcgan.data.decode import TRANSFORM
-from dcgan.data.records import Entry, Files
+from dcgan.data.records import Tree
 from dcgan.data.sources import archives
 from dcgan.data.sources.base import Opened, held_out, require_both
 from dcgan.data.store import Description, SourceFile
@@ -25,9 +27,7 @@ from dcgan.data.store import Description, SourceFile
 log = logging.getLogger(__name__)
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
-BLOCK = 512  # files in memory at once while they are hashed
-T = TypeVar("T")
-R = TypeVar("R")
+BLOCK = 256  # files that a thread hashes before it hands them over
 
 
 def signature(data: Data) -> Any:
@@ -48,19 +48,16 @@ def read(data: Data, downloads: Path) -> Opened:
     root = _root(data)
     names = _names(root)
     classes = _classes(root, names)
-    hashes = _in_order(lambda name: _sha256(root / name), names)
-    label = {top: number for number, top in enumerate(classes)}
-    files = [
-        Entry(name, root / name, label.get(_top(name), -1), sha256=sha256)
-        for name, sha256 in zip(names, hashes, strict=True)
-    ]
-    test = [file for file in files if held_out(file.sha256, data.test_fraction)]
-    train = [file for file in files if not held_out(file.sha256, data.test_fraction)]
-    require_both(str(root), len(train), len(test), data.test_fraction)
+    number = {top: number for number, top in enumerate(classes)}
+    labels = np.array([number.get(_top(name), -1) for name in names], np.int64)
+    hashes = np.frombuffer(b"".join(_hashes(root, names)), np.uint8).reshape(-1, 32)
+    files = Tree(root, names, labels, hashes)
+    test = np.array([held_out(sha256.tobytes(), data.test_fraction) for sha256 in hashes])
+    require_both(str(root), int((~test).sum()), int(test.sum()), data.test_fraction)
     return Opened(
         Description(data.name, classes, data.size, 3, f"EXIF orientation applied; RGB; {TRANSFORM}"),
-        {"train": Files(train, exif=True), "test": Files(test, exif=True)},
-        (_tree(files),),
+        {"train": files.where(~test), "test": files.where(test)},
+        (_whole(files),),
     )
 
 
@@ -109,19 +106,21 @@ def _classes(root: Path, names: Sequence[str]) -> tuple[str, ...]:
     return tuple(tops)
 
 
-def _sha256(path: Path) -> bytes:
-    return hashlib.sha256(path.read_bytes()).digest()
-
-
-def _in_order(function: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
-    """`map` by threads, a block at a time to bound memory; hashing does not hold the interpreter's lock."""
+def _hashes(root: Path, names: Sequence[str]) -> Iterator[bytes]:
+    """The SHA-256 of each file, in order, by threads; neither reading nor hashing holds the interpreter's lock."""
+    blocks = [names[start : start + BLOCK] for start in range(0, len(names), BLOCK)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for start in range(0, len(items), BLOCK):
-            yield from pool.map(function, items[start : start + BLOCK])
+        for hashes in pool.map(lambda block: [hashlib.sha256(_bytes(root, name)).digest() for name in block], blocks):
+            yield from hashes
 
 
-def _tree(files: Sequence[Entry]) -> SourceFile:
+def _bytes(root: Path, name: str) -> bytes:
+    with open(root / name, "rb") as file:
+        return file.read()
+
+
+def _whole(files: Tree) -> SourceFile:
     whole = hashlib.sha256()
-    for file in files:
-        whole.update(os.fsencode(file.name) + b"\0" + file.sha256)
-    return SourceFile("tree", sum(file.path.stat().st_size for file in files), whole.hexdigest())
+    for name, sha256 in zip(files.names, files.hashes, strict=True):
+        whole.update(os.fsencode(name) + b"\0" + sha256.tobytes())
+    return SourceFile("tree", sum((files.root / name).stat().st_size for name in files.names), whole.hexdigest())

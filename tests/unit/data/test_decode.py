@@ -60,7 +60,8 @@ def test_a_reduced_jpeg_shows_the_same_stretch_of_the_picture(width: int, height
     reference = square(Image.open(io.BytesIO(raw)).convert("RGB"), 64).astype(int)
     difference = np.abs(decode(raw, 64) - reference)
     shifted = np.abs(np.roll(reference, 1, axis=2) - reference)[:, :, 1:]
-    assert 0 < difference.mean() < shifted.mean() / 4, "0: it was not decoded at a reduced scale"
+    # 0: it was not decoded at a reduced scale. Half a stored pixel off its place it may be, not a whole one.
+    assert 0 < difference.mean() < 0.75 * shifted.mean()
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
