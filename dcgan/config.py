@@ -42,23 +42,7 @@ __all__ = [
     "validate",
 ]
 
-Preset = Literal[
-    "digits",
-    "mnist",
-    "cifar10",
-    "cifar100",
-    "svhn",
-    "stl10",
-    "celeba",
-    "lfw",
-    "lsun",
-    "imagenet",
-    "imagenet32",
-    "imagenet10",
-    "imagenet_dog15",
-    "tiny_imagenet",
-    "folder",
-]
+Preset = DataSet  # one a data set, of the same name
 PRESETS: tuple[Preset, ...] = get_args(Preset)
 
 # Settings that only some data sets have: elsewhere they would change a run's name and nothing else.

@@ -6,14 +6,12 @@ directory, and then read by an unpickler that knows arrays and nothing else.
 """
 
 import pickle
-import tarfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dcgan import storage
 from dcgan.config import Data
 from dcgan.data.decode import TRANSFORM
 from dcgan.data.records import Pixels
@@ -84,13 +82,7 @@ def _batches(data: Data, downloads: Path) -> Path:
         found = _find(data.source)
     if found.name != ARCHIVE:
         return found.parent
-    published.check(found, ARCHIVE_MD5)
-    with tarfile.open(found) as archive:
-        for name in FILES:
-            member = archive.extractfile(f"{FOLDER}/{name}")
-            assert member is not None, "the archive's MD5 says that this is a file"
-            storage.write_bytes(downloads / FOLDER / name, member.read())
-    return downloads / FOLDER
+    return published.unpack(found, ARCHIVE_MD5, FILES, downloads / FOLDER)
 
 
 class _Arrays(pickle.Unpickler):

@@ -7,8 +7,9 @@ and has its digest, so nothing else is ever found under the final name; see `par
 import hashlib
 import json
 import logging
+import tarfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -81,6 +82,20 @@ def fetch(addresses: Sequence[str], name: str, digest: str, folder: Path, data: 
         if not _is_there(path, digest):  # another process may have been at it until now
             _download(urls, part, digest)
     return path
+
+
+def unpack(archive: Path, digest: str, names: Iterable[str], folder: Path) -> Path:
+    """The files `names` of the archive's directory of the same name as `folder`, written there; nothing else is.
+
+    Raises CorruptError, naming the archive, if it has not the published digest.
+    """
+    check(archive, digest)
+    with tarfile.open(archive) as opened:
+        for name in names:
+            member = opened.extractfile(f"{folder.name}/{name}")
+            assert member is not None, "the archive's digest says that this is a file"
+            storage.write_bytes(folder / name, member.read())
+    return folder
 
 
 def _is_there(path: Path, digest: str) -> bool:
