@@ -133,7 +133,7 @@ def test_deployment_runs_to_the_end_and_is_in_mlflow(stack: Stack) -> None:
 def test_parameter_that_is_no_preset_is_refused_at_submission(stack: Stack) -> None:
     before = len(stack.flow_runs())
 
-    done = stack.prefect("deployment", "run", "train-eval/digits", "-p", 'preset="lsun"')
+    done = stack.prefect("deployment", "run", "train-eval/digits", "-p", 'preset="imagenet21k"')
 
     assert done.returncode != 0
     assert "preset" in done.stdout + done.stderr

@@ -1,6 +1,9 @@
 """Ingestion by Ray Data: the same store as by threads, errors that name the file, shards that are made once."""
 
 import functools
+import os
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -56,3 +59,16 @@ def test_an_unreadable_image_is_named_and_what_is_mended_goes_on(tree: Path, tmp
     skipping = ingest.ingest(data(tree, unreadable="skip"), home, maker=by_ray(home))
     bad.write_bytes(whole)
     assert ingest.ingest(data(tree), home, maker=by_ray(home)) != skipping
+
+
+def test_a_job_whose_process_is_killed_is_done_again(tmp_path: Path) -> None:
+    def slowly(job: int) -> tuple[int, int]:
+        time.sleep(0.3)
+        return job, os.getpid()
+
+    done: list[tuple[int, int]] = []
+    for result in cluster.scatter(slowly, range(16), tmp_path, 2):
+        done.append(result)
+        if len(done) == 3:
+            os.kill(result[1], signal.SIGKILL)
+    assert sorted(job for job, _ in done) == list(range(16))
