@@ -59,6 +59,7 @@ def launch(function: Callable[..., None], arguments: tuple, compute: Compute, ho
             from ray.exceptions import RayActorError
             from ray.train import ControllerError, WorkerGroupError
 
+            others = _placement_groups()
             try:
                 _trainer(function, arguments, compute, home, name).fit()
                 return
@@ -69,10 +70,26 @@ def launch(function: Callable[..., None], arguments: tuple, compute: Compute, ho
                 if isinstance(cause, WorkerError):
                     raise cause from error
                 # Ray gives up on a worker that dies before the group has started, whatever FailureConfig says, and
-                # then keeps the CPUs of the others: hence a new session.
+                # then keeps the CPUs of the others: a session that is not ours would never have them back.
+                _remove_placement_groups(_placement_groups() - others)
                 if not (isinstance(cause, RayActorError) and attempts_left):
                     raise WorkerError(f"Ray's controller failed: {type(cause).__name__}: {cause}") from error
                 log.warning("a worker died while the workers were starting; starting them again")
+
+
+def _placement_groups() -> set[str]:
+    """The ids of what holds CPUs for groups of workers."""
+    from ray.util import placement_group_table
+
+    return {name for name, group in placement_group_table().items() if group["state"] != "REMOVED"}
+
+
+def _remove_placement_groups(names: set[str]) -> None:
+    from ray.util import remove_placement_group
+    from ray.util.placement_group import PlacementGroup, PlacementGroupID
+
+    for name in names:
+        remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(name))))
 
 
 def scatter(

@@ -6,7 +6,6 @@ out is the same, byte for byte, whoever made it.
 """
 
 import fcntl
-import hashlib
 import json
 import logging
 import math
@@ -52,8 +51,9 @@ def ingest(data: Data, home: Path, verify: bool = False, maker: Maker = by_threa
     `home/stores/index` remembers which input gave which store. Input that is unchanged, by the settings and the
     source's own cheap signature, returns at once if its store is there with the right lengths (the right bytes, with
     `verify`); a store that is gone or damaged is made again. Downloads go to `home/downloads`. `maker` runs the jobs
-    where MANY shards are to be decoded. Raises what `base.Source` says, ValueError for an
-    image that can't be used (no store is left behind then), and BusyError if another process ingests the same.
+    where MANY shards are to be decoded. Raises what `base.Source` says, ValueError for an image that can't be used (no
+    store is there then, and the shards that are complete serve the next attempt), and BusyError if another process
+    ingests the same.
     """
     source = SOURCES[data.name]
     settings = data.model_dump(mode="json", exclude={"home", "source", "offline", "remote", "cache_gb"})
@@ -62,7 +62,7 @@ def ingest(data: Data, home: Path, verify: bool = False, maker: Maker = by_threa
         "signature": source.signature(data),
         "transform": [TRANSFORM, shards.BYTES],
     }
-    key = hashlib.sha256(storage.dump_json(given).encode()).hexdigest()[:16]
+    key = _digest(given)
     index = home / "stores" / "index" / f"{key}.json"
     if data.remote:
         _copy_known(data, home, key, index)
@@ -70,7 +70,8 @@ def ingest(data: Data, home: Path, verify: bool = False, maker: Maker = by_threa
         if data.remote:
             _publish(data.remote, home, fingerprint, key, index)
         return fingerprint
-    with _working(home, key) as directory:
+    given["settings"] = {name: value for name, value in settings.items() if name != "unreadable"}  # shards serve both
+    with _working(home, _digest(given)) as directory:
         opened = source.read(data, home / "downloads")
         fingerprint = assemble(
             opened, home, directory, maker, skip=data.unreadable == "skip", deduplicate=data.deduplicate
@@ -80,6 +81,10 @@ def ingest(data: Data, home: Path, verify: bool = False, maker: Maker = by_threa
     if data.remote:
         _publish(data.remote, home, fingerprint, key, index)
     return fingerprint
+
+
+def _digest(value: Any) -> str:
+    return storage.digest(storage.dump_json(value).encode())
 
 
 def _copy_known(data: Data, home: Path, key: str, index: Path) -> None:
@@ -127,7 +132,7 @@ def _recorded(index: Path) -> str | None:
 
 @contextmanager
 def _working(home: Path, key: str) -> Iterator[Path]:
-    """The directory in which this input's shards are made: kept by a kill, removed by a refusal of the input."""
+    """The directory in which this input's shards are made: kept by a kill and by a refusal, unless there are none."""
     directory = home / "stores" / f".ingest-{key}"
     directory.mkdir(parents=True, exist_ok=True)
     (index := home / "stores" / "index").mkdir(exist_ok=True)
@@ -138,9 +143,9 @@ def _working(home: Path, key: str) -> Iterator[Path]:
             raise storage.BusyError(f"another process is ingesting into {directory}") from error
         try:
             yield directory
-        except (ValueError, storage.CorruptError):
-            shutil.rmtree(directory, ignore_errors=True)  # an input that can't be used; the next will be another
-            raise
+        finally:
+            if directory.exists() and not list(directory.glob("*-[0-9]*.json")):
+                shutil.rmtree(directory, ignore_errors=True)
 
 
 def assemble(
@@ -174,6 +179,8 @@ def assemble(
         removed = pruning.prune(directory, [job for job in jobs if job.split in about.training])
     splits = {name: [shards.read(job) for job in jobs if job.split == name] for name in opened.splits}
     for name, reason in [pair for records in splits.values() for record in records for pair in record["skipped"]]:
+        if not skip:  # a shard of an attempt with another policy
+            raise ValueError(f"{name} can't be decoded ({reason}): {shards.ADVICE}")
         log.warning("%s skipped: %s", name, reason)
     return store.finish(home, directory, about, splits, opened.sources, removed)
 

@@ -19,6 +19,7 @@ from dcgan.data.decode import UnreadableError, decode, square
 from dcgan.data.records import Item, Records
 
 BYTES = 2**26  # of a shard at most: what a process holds in memory, and one upload; 4,096 images at 64 px RGB
+ADVICE = "remove it, or set data.unreadable=skip"
 BLOCK = 16  # images whose statistics are computed at once: what the processor's cache holds
 
 
@@ -80,8 +81,7 @@ def make(job: Job) -> dict[str, Any]:
             image = pixels(item, job.size, job.records.exif)
         except UnreadableError as error:
             if not job.skip:
-                hint = "remove it, or set data.unreadable=skip"
-                raise ValueError(f"{item.where} can't be decoded ({error}): {hint}") from error
+                raise ValueError(f"{item.where} can't be decoded ({error}): {ADVICE}") from error
             skipped.append((item.name, str(error)))
             continue
         if image.shape != images.shape[1:]:

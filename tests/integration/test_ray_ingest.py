@@ -55,10 +55,17 @@ def test_an_unreadable_image_is_named_and_what_is_mended_goes_on(tree: Path, tmp
     home = tmp_path / "home"
     with pytest.raises(ValueError, match=r"a/100\.jpg can't be decoded \(.*[Tt]runcated.*\): remove it, or set data"):
         ingest.ingest(data(tree), home, maker=by_ray(home))
-    assert [path.name for path in (home / "stores").iterdir()] == ["index"]
+    assert not list((home / "stores").glob("[0-9a-f]*")), "no store"
+    records = list((home / "stores").glob(".ingest-*/*-[0-9]*.json"))
+    made = {path.with_suffix(".npy").stat().st_mtime_ns for path in records}
+    assert made, "shards that were complete before"
     skipping = ingest.ingest(data(tree, unreadable="skip"), home, maker=by_ray(home))
+    kept = {path.stat().st_mtime_ns for path in (home / "stores" / skipping).iterdir()}
+    assert made < kept, "what was complete is used"
+    with pytest.raises(ValueError, match=r"100\.jpg can't be decoded"):
+        ingest.ingest(data(tree), home)
     bad.write_bytes(whole)
-    assert ingest.ingest(data(tree), home, maker=by_ray(home)) != skipping
+    assert ingest.ingest(data(tree), home) != skipping
 
 
 def test_a_job_whose_process_is_killed_is_done_again(tmp_path: Path) -> None:
