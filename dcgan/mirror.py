@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dcgan import storage
-from dcgan.remote import Remote, RemoteError, in_parallel
+from dcgan.remote import Remote, in_parallel
 
 log = logging.getLogger(__name__)
 
@@ -191,10 +191,9 @@ def follow(run: Path, url: str | None) -> Iterator[None]:
         while not stop.wait(EVERY):
             try:
                 push_run(run, url)
-            except RemoteError as error:
+            except (OSError, storage.CorruptError) as error:
+                # The remote is away, or a checkpoint was removed while it was read: the next round copies what is new.
                 log.warning("the run is not copied for now: %s", error)
-            except FileNotFoundError:
-                continue  # a checkpoint was removed meanwhile; the next round sees the new ones
 
     thread = threading.Thread(target=watch, name="mirror", daemon=True)
     thread.start()

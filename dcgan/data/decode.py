@@ -97,7 +97,7 @@ def _reduced_square(pixels: np.ndarray, size: int, whole: tuple[int, int], scale
     Where that needs no filter, to the nearest pixel, which is half a pixel at most.
     """
     side = min(whole)
-    left, top = (round((edge - side) / 2) * scale for edge in whole)
+    left, top = ((edge - side) / 2 * scale for edge in whole)
     if min(pixels.shape[:2]) == size:
         x, y = min(round(left), pixels.shape[1] - size), min(round(top), pixels.shape[0] - size)
         return pixels[y : y + size, x : x + size].transpose(2, 0, 1)

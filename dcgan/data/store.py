@@ -111,7 +111,9 @@ def finish(
         storage.flush(directory / file)
     storage.write_json(directory / storage.MANIFEST, manifest)
     name = storage.fingerprint(directory)
-    for path in directory.iterdir():
+    # The report goes last. Killed before, the shards whose records are gone are made again, and the groups in the
+    # report still apply to them; killed after, no record is left, and everything is made again.
+    for path in sorted(directory.iterdir(), key=Path.is_dir):
         if path.is_dir():
             shutil.rmtree(home / path.name / name, ignore_errors=True)
             (home / path.name).mkdir(exist_ok=True)

@@ -19,6 +19,7 @@ from dcgan.data.store import Description
 ADDRESSES = ("https://www.cs.toronto.edu/~kriz",)
 ARCHIVE, ARCHIVE_MD5 = "cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a"
 FOLDER = "cifar-10-batches-py"
+PLACES = ("data_batch_1", f"{FOLDER}/data_batch_1", ARCHIVE)  # in the directory of a data source
 FILES = {
     "data_batch_1": "c99cafc152244af753f735de768cd75f",
     "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
@@ -33,7 +34,7 @@ FILES = {
 def signature(data: Data) -> Any:
     """The MD5 of the seven files: wherever they come from, only those are accepted; see `base.Source`."""
     if data.source and not published.is_address(data.source):
-        _find(data.source)
+        published.find(data.source, PLACES)
     return FILES
 
 
@@ -55,16 +56,9 @@ def read(data: Data, downloads: Path) -> Opened:
     )
 
 
-def _find(source: str) -> Path:
-    return published.find(source, ["data_batch_1", f"{FOLDER}/data_batch_1", ARCHIVE])
-
-
 def _batches(data: Data, downloads: Path) -> Path:
     """The directory of the batches: where they were found, or unpacked from the archive under `downloads`."""
-    if data.source is None or published.is_address(data.source):
-        found = published.fetch(ADDRESSES, ARCHIVE, ARCHIVE_MD5, downloads, data)
-    else:
-        found = _find(data.source)
+    found = published.locate(data, ADDRESSES, ARCHIVE, ARCHIVE_MD5, downloads, PLACES)
     if found.name != ARCHIVE:
         return found.parent
     return published.unpack(found, ARCHIVE_MD5, FILES, downloads / FOLDER)

@@ -22,6 +22,7 @@ from dcgan.data.store import Description
 ADDRESSES = ("https://www.cs.toronto.edu/~kriz",)
 ARCHIVE, ARCHIVE_MD5 = "cifar-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85"
 FOLDER = "cifar-100-python"
+PLACES = (f"{FOLDER}/train", ARCHIVE, "train")  # in the directory of a data source
 FILES = {
     "train": "16019d7e3df5f24257cddd939b257f8d",
     "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
@@ -40,7 +41,7 @@ ARRAYS = {
 def signature(data: Data) -> Any:
     """The MD5 of the three files: wherever they come from, only those are accepted; see `base.Source`."""
     if data.source and not published.is_address(data.source):
-        _find(data.source)
+        published.find(data.source, PLACES)
     return FILES
 
 
@@ -70,16 +71,9 @@ def read(data: Data, downloads: Path) -> Opened:
     )
 
 
-def _find(source: str) -> Path:
-    return published.find(source, [f"{FOLDER}/train", ARCHIVE, "train"])
-
-
 def _batches(data: Data, downloads: Path) -> Path:
     """The directory of the files: where they were found, or unpacked from the archive under `downloads`."""
-    if data.source is None or published.is_address(data.source):
-        found = published.fetch(ADDRESSES, ARCHIVE, ARCHIVE_MD5, downloads, data)
-    else:
-        found = _find(data.source)
+    found = published.locate(data, ADDRESSES, ARCHIVE, ARCHIVE_MD5, downloads, PLACES)
     if found.name != ARCHIVE:
         return found.parent
     return published.unpack(found, ARCHIVE_MD5, FILES, downloads / FOLDER)

@@ -84,6 +84,15 @@ def fetch(addresses: Sequence[str], name: str, digest: str, folder: Path, data: 
     return path
 
 
+def locate(
+    data: Data, addresses: Sequence[str], name: str, digest: str, downloads: Path, candidates: Sequence[str]
+) -> Path:
+    """What is first found of the candidates in the directory `data.source`; without one, `name`, fetched."""
+    if data.source is None or is_address(data.source):
+        return fetch(addresses, name, digest, downloads, data)
+    return find(data.source, candidates)
+
+
 def unpack(archive: Path, digest: str, names: Iterable[str], folder: Path) -> Path:
     """The files `names` of the archive's directory of the same name as `folder`, written there; nothing else is.
 

@@ -87,3 +87,32 @@ def test_images_that_are_all_the_same_leave_one(tmp_path: Path, monkeypatch: pyt
     store = Store.open(tmp_path / "home", ingest(data, tmp_path / "home"), verify=True)
     assert store.count("train") == 1
     assert len(store.shards("train")) == 1
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("left", [0, 1, 3])
+def test_killed_while_it_is_published_the_store_is_the_same(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: int
+) -> None:
+    """Publishing removes the records of the shards, and the groups that they were pruned by."""
+    whole = opened(tree, tmp_path / "whole", True)
+    unlink, removed = Path.unlink, 0
+
+    def until_killed(self: Path, missing_ok: bool = False) -> None:
+        nonlocal removed
+        if self.parent.name.startswith(".ingest-") and self.suffix == ".json":
+            removed += 1
+            if removed > left:
+                raise Killed
+        unlink(self, missing_ok)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", until_killed)
+        with pytest.raises(Killed):
+            opened(tree, tmp_path / "home", True)
+    again = opened(tree, tmp_path / "home", True)
+    assert again.fingerprint == whole.fingerprint
+    assert (tmp_path / "home" / "duplicates" / again.fingerprint / "groups.json").exists()

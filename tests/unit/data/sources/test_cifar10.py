@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torchvision.datasets
+from fabricated import Bomb
 
 from dcgan import storage
 from dcgan.config import Data
@@ -76,16 +77,6 @@ def test_an_archive_and_a_mirror_of_it_give_the_same(
         assert (tmp_path / f"downloads{number}/cifar10" / cifar10.FOLDER / "test_batch").exists()
     assert asked == [cifar10.ARCHIVE]
     assert os.listdir(archive.parent) == [cifar10.ARCHIVE], "nothing is unpacked beside the archive"
-
-
-class Bomb:
-    """Unpickling this makes a directory."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return os.mkdir, (str(self.marker),)
 
 
 def test_a_pickle_that_is_not_the_published_one_is_never_read(tmp_path: Path) -> None:

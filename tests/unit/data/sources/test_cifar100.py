@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torchvision.datasets
+from fabricated import Bomb
 
 from dcgan import storage
 from dcgan.config import Data
@@ -155,16 +156,6 @@ def test_an_archive_and_a_mirror_of_it_give_the_same(
         assert cifar100.signature(given(source)) == json.loads(json.dumps(cifar100.FILES))
     assert asked == [cifar100.ARCHIVE]
     assert os.listdir(archive.parent) == [cifar100.ARCHIVE], "nothing is unpacked beside the archive"
-
-
-class Bomb:
-    """Unpickling this makes a directory."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return os.mkdir, (str(self.marker),)
 
 
 def test_a_pickle_that_is_not_the_published_one_is_never_read(tmp_path: Path) -> None:
