@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import fabricated
 import numpy as np
 import pytest
 import s3
@@ -168,6 +170,31 @@ def test_a_remote_that_is_away_does_not_stop_training(server: s3.Store, tmp_path
     server.clear()
     mirror.push_run(run.path, URL)
     assert "checkpoints/4/manifest.json" in Remote(URL).sizes(f"runs/{run.name}")
+
+
+@pytest.mark.parametrize("moment", [(Remote, "read"), (storage, "read_manifest"), (Remote, "upload")])
+def test_a_checkpoint_that_is_removed_while_it_is_copied_does_not_end_the_copying(
+    server: s3.Store, home: Path, moment: tuple[object, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = fabricated.new_run(home)
+    for step in (100, 200):
+        fabricated.save(run, step, 1 / step)
+    original = getattr(*moment)
+
+    def removing(*arguments: object, **others: object) -> object:
+        if any("checkpoints/100" in str(argument) for argument in arguments):
+            shutil.rmtree(run.checkpoints / "100", ignore_errors=True)
+        return original(*arguments, **others)
+
+    monkeypatch.setattr(mirror, "EVERY", 0.01)
+    monkeypatch.setattr(*moment, removing)
+    with mirror.follow(run.path, URL):
+        (copying,) = [thread for thread in threading.enumerate() if thread.name == "mirror"]
+        while copying.is_alive() and "200/manifest.json" not in Remote(URL).sizes(f"runs/{run.name}/checkpoints"):
+            time.sleep(0.05)
+        assert copying.is_alive()
+    there = {name.split("/")[0] for name in Remote(URL).sizes(f"runs/{run.name}/checkpoints")}
+    assert there == {"200", "best.json"}, "and what had been copied of it is removed"
 
 
 def test_checkpoints_that_are_gone_here_go_there(server: s3.Store, tmp_path: Path) -> None:
