@@ -2,10 +2,9 @@
 
 Address and MD5 are torchvision's. Its loader leaves the superclasses out, so the files are read here. They are pickles,
 which can run code when they are read: each one is compared with its MD5 first, whether it was downloaded or found in a
-directory, and then read by an unpickler that knows arrays and nothing else.
+directory, and then read by `pickles.py`, which builds arrays and nothing else.
 """
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import numpy as np
 from dcgan.config import Data
 from dcgan.data.decode import TRANSFORM
 from dcgan.data.records import Pixels
-from dcgan.data.sources import published
+from dcgan.data.sources import pickles, published
 from dcgan.data.sources.base import Opened
 from dcgan.data.store import Description
 
@@ -29,13 +28,6 @@ FILES = {
     "meta": "7973b15100ade9c7d40fb424638fde48",
 }
 SPLITS = ("train", "test")
-# What numpy writes into a pickle for an array and for a number, by the names it had in 2009.
-ARRAYS = {
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-    ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
-    ("numpy.core.multiarray", "scalar"): np.int64(0).__reduce__()[0],
-}
 
 
 def signature(data: Data) -> Any:
@@ -79,19 +71,9 @@ def _batches(data: Data, downloads: Path) -> Path:
     return published.unpack(found, ARCHIVE_MD5, FILES, downloads / FOLDER)
 
 
-class _Arrays(pickle.Unpickler):
-    """Rebuilds lists, texts, numbers and arrays; any other name in the file is refused, not looked up."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in ARRAYS:
-            raise ValueError(f"a pickle asks for {module}.{name}, which is no array")
-        return ARRAYS[module, name]
-
-
 def _unpickle(path: Path) -> dict[str, Any]:
-    """What Python 2 pickled, its byte strings as text of the same code points."""
     with path.open("rb") as file:
-        content: dict[str, Any] = _Arrays(file, encoding="latin1").load()
+        content: dict[str, Any] = pickles.load(file)
     return content
 
 

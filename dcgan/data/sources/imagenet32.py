@@ -1,8 +1,8 @@
 """ImageNet at 32x32 (Chrabaszcz, Loshchilov and Hutter 2017): all 1,281,167 + 50,000 images of ILSVRC-2012, resized.
 
 ImageNet's terms of access forbid fetching it for somebody, so `data.source` is required. The files are pickles, which
-can run code when they are read, and no published checksums of them are known to us. So a reader is used that builds
-nothing but containers, numbers and arrays, and the images are counted.
+can run code when they are read, and no published checksums of them are known to us. So `pickles.py` reads them, which
+builds nothing but containers, numbers and arrays, and the images are counted.
 
 A batch has 393 MB of pixels. It is read when its images are needed and kept while somebody needs them.
 """
@@ -25,7 +25,7 @@ from dcgan import storage
 from dcgan.config import Data
 from dcgan.data.decode import TRANSFORM
 from dcgan.data.records import Item
-from dcgan.data.sources import archives, published
+from dcgan.data.sources import archives, pickles, published
 from dcgan.data.sources.base import Opened
 from dcgan.data.store import Description, SourceFile
 
@@ -41,14 +41,6 @@ COUNTS = {"train": 1_281_167, "test": 50_000}
 FOLDER = "imagenet32"  # under downloads
 CLASSES = 1_000
 SIDE = 32
-# What a pickle of arrays names, by numpy 1 and 2, and by Python 3 for bytes in a protocol that has none.
-ALLOWED = {
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "_reconstruct"),
-    ("_codecs", "encode"),
-}
 # What the unpickler and numpy raise on damaged pickles, and zipfile on members that are damaged or encrypted.
 DAMAGED = (
     *(pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, LookupError, OverflowError),
@@ -203,15 +195,6 @@ def _items(stretch: Stretch) -> Iterator[Item]:
         yield Item(f"{batch.name}: image {i}", image, int(content.labels[i]), f"{batch}: image {i}")
 
 
-class Arrays(pickle.Unpickler):
-    """An unpickler of containers, numbers and arrays."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in ALLOWED:
-            return super().find_class(module.replace("numpy.core", "numpy._core"), name)  # its name since numpy 2
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which a batch of images has no use for")
-
-
 _kept: WeakValueDictionary[Batch, Content] = WeakValueDictionary()
 _reading = threading.Lock()
 
@@ -229,7 +212,7 @@ def read_batch(batch: Batch) -> Content:
 
 def _content(batch: Batch) -> Content:
     with _naming(str(batch)), _stream(batch) as stream:
-        raw = Arrays(stream, encoding="latin1").load()
+        raw = pickles.load(stream)
     images, labels = (raw.get("data"), raw.get("labels")) if isinstance(raw, Mapping) else (None, None)
     if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.shape[1:] != (3 * SIDE**2,):
         raise ValueError(f"{batch}: its data are not uint8 (N, {3 * SIDE**2})")
