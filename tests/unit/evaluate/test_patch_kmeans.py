@@ -67,11 +67,12 @@ def test_27_rows_of_patches_are_14_above_and_13_below():
 def test_whitening_follows_the_formulas():
     """An image of 6 x 6 is one patch, so what is drawn is known: each image once."""
     images = pictures(50, 1, 6, 6)
-    model = PatchKMeans(4).fit(images)
+    model = PatchKMeans(1).fit(images)
     patches = np.array([normalised(image) for image in images])
     values, vectors = np.linalg.eigh(np.cov(patches.T, bias=True))
     np.testing.assert_allclose(model.mean_, patches.mean(0), atol=1e-6)
     np.testing.assert_allclose(model.whitening_, vectors @ np.diag((values + 0.1) ** -0.5) @ vectors.T, atol=1e-4)
+    np.testing.assert_allclose(model.centroids_, 0, atol=1e-4)  # the mean of the whitened patches
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 60), st.integers(2, 12))
@@ -234,13 +235,23 @@ def scored(noise=60, labels_per_class=10, draws=3, **changed):
     return score(**(arrays | changed), centroids=12, labels_per_class=labels_per_class, draws=draws, seed=0)
 
 
-def test_score_is_the_accuracy_of_the_published_classifier():
+def test_score_is_the_accuracy_of_the_published_classifier(monkeypatch):
+    fitted = []
+
+    class Watched(L2SVM):
+        def fit(self, x, y):
+            fitted.append((self.C, x.copy()))
+            return super().fit(x, y)
+
+    monkeypatch.setattr(patch_kmeans, "L2SVM", Watched)
+    found = scored(noise=150)
     (train_images, train_y), (test_images, test_y) = stripes(noise=150), stripes(90, 150, seed=1)
     model = PatchKMeans(12, 0).fit(train_images)
     train_x, test_x = (model.transform(images).astype(float) for images in (train_images, test_images))
     mean, scale = train_x.mean(0), np.sqrt(train_x.var(0) + 0.01)
     svm = LinearSVC(C=100 / 240, dual=False).fit((train_x - mean) / scale, train_y)
-    found = scored(noise=150)
+    assert fitted[0][0] == 100 / 240
+    np.testing.assert_allclose(fitted[0][1], (train_x - mean) / scale, atol=1e-3)
     assert found["patch_kmeans/accuracy"] == pytest.approx(svm.score((test_x - mean) / scale, test_y), abs=0.012)
     assert 0.4 < found["patch_kmeans/accuracy"] < 0.97
     assert found == scored(noise=150)
