@@ -7,7 +7,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from dcgan.config import Evaluate
 from dcgan.evaluate import knn
-from dcgan.evaluate.samples import Samples
+from dcgan.evaluate.samples import Samples, hold_out
 
 
 def blobs(spread=0.5, n=150, seed=0):
@@ -26,7 +26,36 @@ def test_accuracy_equals_scikit_learn(monkeypatch, shift):
     train_x, test_x = train_x + np.float32(shift), test_x + np.float32(shift)
     found = knn.score(train_x, train_y, test_x, test_y, Evaluate(neighbours=(1,)))
     reference = KNeighborsClassifier(1, algorithm="brute").fit(train_x.astype(float), train_y)
-    assert found == {"knn/accuracy": pytest.approx(reference.score(test_x, test_y)), "knn/neighbours": 1}
+    assert found["knn/accuracy"] == pytest.approx(reference.score(test_x, test_y))
+    assert found["knn/neighbours"] == 1
+
+
+@pytest.mark.parametrize("spread", [0.3, 1.0, 3.0])
+def test_votes_of_many_neighbours_equal_scikit_learn(spread):
+    """Of two classes and odd numbers of neighbours, which can't tie: there scikit-learn takes the lower class."""
+    train_x, train_y, test_x, test_y = blobs(spread)
+    train_y, test_y = train_y % 2, test_y % 2
+    known, tried = Samples.centred(train_x), [1, 3, 5, 15, 99]
+    found = knn.accuracies(known, train_y, known.like(test_x), test_y, tried)
+    references = [KNeighborsClassifier(k, algorithm="brute").fit(train_x.astype(float), train_y) for k in tried]
+    assert found == pytest.approx([reference.score(test_x, test_y) for reference in references])
+
+
+def test_the_chosen_number_is_the_best_on_the_held_out_fifth():
+    train_x, train_y, test_x, test_y = blobs(1.0, n=300)
+    train_y, test_y = train_y % 2, test_y % 2
+    fit, held = hold_out(train_y, 0)
+    held_out = {
+        k: KNeighborsClassifier(k, algorithm="brute")
+        .fit(train_x[fit], train_y[fit])
+        .score(train_x[held], train_y[held])
+        for k in (1, 3, 9, 21)
+    }
+    assert len(set(held_out.values())) > 1
+    found = knn.score(train_x, train_y, test_x, test_y, Evaluate(neighbours=(21, 1, 9, 3)))
+    assert found["knn/neighbours"] == max(sorted(held_out), key=held_out.get)
+    everything = KNeighborsClassifier(int(found["knn/neighbours"]), algorithm="brute").fit(train_x, train_y)
+    assert found["knn/accuracy"] == pytest.approx(everything.score(test_x, test_y))
 
 
 def test_nearest_are_exact_and_in_order():
@@ -77,12 +106,28 @@ def test_constant_features_and_a_handful_of_samples():
     assert knn.score(*few, Evaluate(neighbours=(1, 3)))["knn/accuracy"] == 1
 
 
+def test_a_class_that_test_lacks_and_a_single_test_image():
+    train_x, train_y, test_x, test_y = blobs(0.01)
+    for rows in (test_y != 1, np.arange(50) == 7):
+        assert knn.score(train_x, train_y, test_x[rows], test_y[rows], Evaluate())["knn/accuracy"] == 1
+
+
+def test_as_many_neighbours_as_images_give_the_most_frequent_class():
+    train_x, train_y, test_x, test_y = blobs(0.01)
+    known, uneven = Samples.centred(train_x), np.where(np.arange(100) < 60, 2, train_y)
+    assert knn.accuracies(known, uneven, known.like(test_x), test_y, [100]) == [pytest.approx((test_y == 2).mean())]
+
+
 def test_refusals():
     train_x, train_y, test_x, test_y = blobs()
     with pytest.raises(ValueError, match=r"evaluate.neighbours=15, but train has only 9 labelled images"):
         knn.score(train_x, train_y, test_x, test_y, Evaluate(labels=12))
     with pytest.raises(ValueError, match="train has no image of class 0, which test has"):
         knn.score(train_x[train_y > 0], train_y[train_y > 0], test_x, test_y, Evaluate())
+    with pytest.raises(ValueError, match="train has one class only, 1"):
+        knn.score(train_x, np.ones_like(train_y), test_x, test_y, Evaluate())
+    with pytest.raises(ValueError, match="train has 6 features an image and test 5"):
+        knn.score(train_x, train_y, test_x[:, :5], test_y, Evaluate())
     train_x[1, 0] = np.nan
     with pytest.raises(ValueError, match="train features hold nan: image 1, feature 0"):
         knn.score(train_x, train_y, test_x, test_y, Evaluate())
