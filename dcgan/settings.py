@@ -125,6 +125,9 @@ class Train(Section):
     steps: int = Field(ge=1, description="batches of real images to train on")
     batch_size: int = Field(128, ge=2, description="images in a step over all workers; a worker takes an equal share")
     learning_rate: float = Field(2e-4, gt=0, le=1, description="Adam's, both nets")
+    decay: float = Field(
+        0.0, ge=0, le=1, description="share of the steps, the last, over which the learning rate falls linearly to 0"
+    )
     beta1: float = Field(0.5, ge=0, lt=1, description="Adam's first momentum")
     weight_decay: float = Field(0.0, ge=0, le=1, description="L2 term added to the gradient; the original code: 1e-5")
     update: Literal["both", "alternate"] = Field(

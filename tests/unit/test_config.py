@@ -40,6 +40,7 @@ REFUSED = {
     "train.steps": ["0", "1.5", "many", "null", "2015-01-01"],
     "train.batch_size": ["1", "0"],
     "train.learning_rate": ["0", "1.1", "nan", ".inf", "-1e-4"],
+    "train.decay": ["-0.1", "1.1", "true"],
     "train.beta1": ["-0.1", "1"],
     "train.weight_decay": ["-1e-9", "1.1", "true"],
     "train.update": ["never"],

@@ -5,11 +5,13 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dcgan import models
 from dcgan.config import Model, Train
 from dcgan.distributed import Place
-from dcgan.step import Game, fake_loss, generator_loss, real_loss
+from dcgan.step import Game, fake_loss, generator_loss, learning_rate, real_loss
 
 HERE = Place(0, 1, torch.device("cpu"))
 MODEL = Model(kernel=4, width=4, z_dim=6)
@@ -128,6 +130,36 @@ def test_options_have_their_effect():
     assert game(fused=True).d_optimizer.param_groups[0]["fused"]
     group = game(learning_rate=3e-4, beta1=0.4, weight_decay=1e-5).g_optimizer.param_groups[0]
     assert (group["lr"], group["betas"], group["weight_decay"]) == (3e-4, (0.4, 0.999), 1e-5)
+
+
+def test_the_learning_rate_falls_as_in_the_original_code():
+    """Newmu/dcgan_code mnist/train_cond_dcgan.py, an epoch a step: 100 at the first rate, 100 of linear decay."""
+    settings = Train(steps=200, decay=0.5)
+    rate = 2e-4
+    for epoch in range(200):
+        assert learning_rate(epoch, settings) == pytest.approx(rate)
+        if epoch + 1 > 100:
+            rate -= 2e-4 / 100
+
+
+@given(st.integers(1, 10**6), st.floats(0, 1), st.data())
+def test_the_learning_rate_never_rises_and_never_reaches_zero(steps, decay, data):
+    settings = Train(steps=steps, decay=decay)
+    step = data.draw(st.integers(0, steps - 1))
+    assert 0 < learning_rate(step, settings) <= learning_rate(max(0, step - 1), settings) <= 2e-4
+    if step <= steps * (1 - decay):
+        assert learning_rate(step, settings) == pytest.approx(2e-4)
+
+
+@pytest.mark.parametrize("step", [0, 8])
+def test_both_nets_move_at_the_rate_of_the_step(step):
+    """Adam's first update moves a weight by the learning rate, whatever its gradient."""
+    play = game(decay=1.0)
+    nets = (play.generator, play.discriminator)
+    before = [weights(net) for net in nets]
+    play.step(step, *batch())
+    for net, old in zip(nets, before, strict=True):
+        assert (weights(net) - old).abs().max().item() == pytest.approx(2e-4 * (10 - step) / 10, rel=0.01)
 
 
 def test_discriminator_stays_trainable_after_the_generators_turn():

@@ -100,9 +100,9 @@ def test_metrics_are_means_over_the_steps_since_the_last_line(make_run):
 
 @pytest.mark.parametrize("stop", [3, 5, 7])
 def test_resumed_equals_uninterrupted_bit_for_bit(make_run, monkeypatch, stop):
-    whole = make_run("whole", ema=0.9)
+    whole = make_run("whole", ema=0.9, decay=0.6)
     train.train(whole)
-    broken = make_run("broken", ema=0.9)
+    broken = make_run("broken", ema=0.9, decay=0.6)
     with monkeypatch.context() as patch:
         interrupt_at(patch, stop)
         with pytest.raises(KeyboardInterrupt):
