@@ -134,7 +134,7 @@ def _images(
 
 
 def read_bank(run: Run, source: str, step: int, split: str) -> np.ndarray:
-    """All layers of a bank side by side, float32 (N, F). source: discriminator or random_init (step 0).
+    """All layers of a bank side by side, float16 (N, F). source: discriminator or random_init (step 0).
 
     Raises CorruptError if the bank is absent or damaged.
     """
@@ -143,7 +143,7 @@ def read_bank(run: Run, source: str, step: int, split: str) -> np.ndarray:
     layers = sorted(
         (n for n in manifest["files"] if n.startswith(f"{split}-")), key=lambda n: int(n[:-4].split("-")[1])
     )
-    return np.concatenate([np.load(bank / name, mmap_mode="r") for name in layers], axis=1, dtype=np.float32)
+    return np.concatenate([np.load(bank / name, mmap_mode="r") for name in layers], axis=1)
 
 
 def _export(run: Run, generator: Generator, discriminator: Discriminator, store: Store) -> None:

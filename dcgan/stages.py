@@ -184,7 +184,7 @@ def _labels(store: Store, split: str, protocol: Protocol) -> np.ndarray:
 
 
 def _representation(run: Run, name: str, step: int, split: str) -> np.ndarray:
-    """float32 (N, F): a feature bank, or the pixels in [0, 1]."""
+    """(N, F): a feature bank, float16, or the pixels in [0, 1], float32."""
     from dcgan import features
 
     if name == "raw_pixels":

@@ -1,7 +1,8 @@
 """Evaluators: one module a protocol, each a function from features and labels to named scores.
 
-(train_x (N, F) float32, train_y (N,) int64, test_x, test_y, settings) -> {"protocol/metric": value}. Deterministic
-given `settings.seed`; every choice is made on a split of train. `published` holds the literature's figures.
+(train_x (N, F), train_y (N,) int64, test_x, test_y, settings, validation) -> {"protocol/metric": value}. Deterministic
+given `settings.seed`. Every choice is made on `validation` (features, labels) or, where that is None, on a split of
+train. `published` holds the literature's figures.
 """
 
 from collections.abc import Callable
@@ -10,8 +11,9 @@ import numpy as np
 
 from dcgan.config import Evaluate, Protocol
 from dcgan.evaluate import clustering, knn, svm
+from dcgan.evaluate.samples import Labelled
 
-Evaluator = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray, Evaluate], dict[str, float]]
+Evaluator = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray, Evaluate, Labelled | None], dict[str, float]]
 
 EVALUATORS: dict[Protocol, Evaluator] = {
     "svm": svm.score,

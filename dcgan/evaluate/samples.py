@@ -5,95 +5,138 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
-BLOCK_ROWS = 256  # 7 MiB of 7,168 float32 features: still in the cache when a product reads the block again
+BLOCK_BYTES = 2**21  # of float32 features: still in the cache when a second product reads the block again
+
+Labelled = tuple[np.ndarray, np.ndarray]  # features (N, F) and labels (N,)
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Chosen rows of a feature array, read as (features - mean) / scale.
+    """Chosen rows of a feature array, read as (features - mean) * inverse_scale.
 
     That form exists for one block of rows at a time, so 50,000 x 28,672 features are held once and never copied.
-    features: float32 (N, F). rows: int64 (n,), indices into it. mean, scale: float32 (F,).
+    features: float16 or float32 (N, F) on the device that computes. rows: int64 (n,), indices into it, or a slice.
+    mean, inverse_scale: float32 (F,), there too.
     """
 
-    features: np.ndarray
-    rows: np.ndarray
-    mean: torch.Tensor
-    scale: torch.Tensor
+    features: Tensor
+    rows: Tensor | slice
+    mean: Tensor
+    inverse_scale: Tensor
 
     @classmethod
-    def of(cls, features: np.ndarray) -> "Samples":
-        """All rows of (N, F), as they are."""
-        width = features.shape[1]
-        return cls(features, np.arange(len(features)), torch.zeros(width), torch.ones(width))
+    def of(cls, features: np.ndarray, device: str = "cpu") -> "Samples":
+        """All rows of (N, F), as they are; on another device than the CPU they are copied to it."""
+        tensor = torch.from_numpy(features).to(device)
+        width = tensor.shape[1]
+        return cls(tensor, slice(0, len(tensor)), torch.zeros(width, device=device), torch.ones(width, device=device))
 
     @classmethod
-    def centred(cls, features: np.ndarray) -> "Samples":
+    def centred(cls, features: np.ndarray, device: str = "cpu") -> "Samples":
         """All rows of (N, F), each feature with mean 0 over them, so that products in float32 lose no digits."""
-        plain = cls.of(features)
-        total = torch.zeros(plain.width, dtype=torch.float64)
+        plain = cls.of(features, device)
+        total = torch.zeros(plain.width, dtype=torch.float64, device=device)
         for _, block in plain.blocks():
             total += block.sum(0, dtype=torch.float64)
         return replace(plain, mean=(total / len(plain)).float())
 
     @classmethod
-    def standardised(cls, features: np.ndarray) -> "Samples":
+    def standardised(cls, features: np.ndarray, device: str = "cpu") -> "Samples":
         """All rows of (N, F), each feature with mean 0 and variance 1 over them; a constant feature becomes 0."""
-        centred = cls.centred(features)
-        squares = torch.zeros(centred.width, dtype=torch.float64)
+        centred = cls.centred(features, device)
+        squares = torch.zeros(centred.width, dtype=torch.float64, device=device)
         for _, block in centred.blocks():
             squares += block.double().square_().sum(0)
         # Exactly 0 for a constant feature: its mean in float64 rounds to the constant in float32.
-        scale = torch.where(squares == 0, 1.0, (squares / len(centred)).sqrt()).float()
-        return replace(centred, scale=scale)
+        scale = torch.where(squares == 0, 1.0, (squares / len(centred)).sqrt())
+        return replace(centred, inverse_scale=(1 / scale).float())
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return self.rows.stop - self.rows.start if isinstance(self.rows, slice) else len(self.rows)
 
     @property
     def width(self) -> int:
         """F, the number of features."""
         return self.features.shape[1]
 
+    @property
+    def device(self) -> torch.device:
+        return self.features.device
+
     def take(self, rows: np.ndarray) -> "Samples":
         """The samples at these positions of this selection."""
-        return replace(self, rows=self.rows[rows])
+        chosen = torch.from_numpy(rows).to(self.device)
+        return replace(self, rows=chosen + self.rows.start if isinstance(self.rows, slice) else self.rows[chosen])
 
     def like(self, features: np.ndarray) -> "Samples":
         """All rows of other features, with this selection's mean and scale."""
-        return replace(self, features=features, rows=np.arange(len(features)))
+        tensor = torch.from_numpy(features).to(self.device)
+        return replace(self, features=tensor, rows=slice(0, len(tensor)))
 
-    def blocks(self, size: int = BLOCK_ROWS) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Positions and the samples there, float32 (at most `size`, F)."""
+    def blocks(self, size: int = 0) -> Iterator[tuple[slice, Tensor]]:
+        """Positions and the samples there, float32 (at most `size`, F); 0: as many as fit the cache.
+
+        A block is overwritten by the next one.
+        """
+        size = size or max(16, BLOCK_BYTES // (4 * self.width))
+        buffer = torch.empty(min(size, len(self)), self.width, device=self.device)
         for first in range(0, len(self), size):
             where = slice(first, min(first + size, len(self)))
-            block = torch.from_numpy(self.features[self.rows[where]].astype(np.float32, copy=False))
-            yield where, block.sub_(self.mean).div_(self.scale)
+            if isinstance(self.rows, slice):
+                chosen = self.features[self.rows.start + where.start : self.rows.start + where.stop]
+            else:
+                chosen = self.features[self.rows[where]]
+            yield where, torch.sub(chosen, self.mean, out=buffer[: len(chosen)]).mul_(self.inverse_scale)
+
+    def parts(self, size: int) -> Iterator[tuple[slice, Tensor]]:
+        """Columns and all samples' features there, float32 (n, at most `size`)."""
+        for first in range(0, self.width, size):
+            where = slice(first, min(first + size, self.width))
+            chosen = self.features[:, where][self.rows]
+            yield where, (chosen - self.mean[where]).mul_(self.inverse_scale[where])
 
 
-def check(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, test_y: np.ndarray) -> None:
+def device(wanted: str = "auto") -> str:
+    """`wanted`, or for "auto" cuda where there is one, else cpu."""
+    if wanted != "auto":
+        return wanted
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check(
+    train_x: np.ndarray,
+    train_y: np.ndarray,
+    test_x: np.ndarray,
+    test_y: np.ndarray,
+    validation: Labelled | None = None,
+) -> None:
     """Raises ValueError, naming the split, for arrays that no protocol can score.
 
     Refused: an empty split, features that are not (N, F) with one F, labels that are not (N,), a NaN or an infinity,
     images without a label (-1), a single class in train.
     """
-    for split, features, labels in (("train", train_x, train_y), ("test", test_x, test_y)):
+    splits = {"train": (train_x, train_y), "test": (test_x, test_y)} | (
+        {"validation": validation} if validation else {}
+    )
+    for split, (features, labels) in splits.items():
         if features.ndim != 2 or labels.shape != features.shape[:1] or not features.size:
             shapes = f"features {features.shape} and labels {labels.shape}"
             raise ValueError(f"{split} has {shapes}, not (N, F) and (N,) with N and F at least 1")
         _check_finite(split, features)
         if labels.min() < 0:
             raise ValueError(f"{split} has {(labels < 0).sum()} images without a label: this protocol needs labels")
-    if train_x.shape[1] != test_x.shape[1]:
-        raise ValueError(f"train has {train_x.shape[1]} features an image and test {test_x.shape[1]}")
+        if train_x.shape[1] != features.shape[1]:
+            raise ValueError(f"train has {train_x.shape[1]} features an image and {split} {features.shape[1]}")
     if (train_y == train_y[0]).all():
         raise ValueError(f"train has one class only, {train_y[0]}: there is nothing to tell apart")
 
 
 def _check_finite(split: str, features: np.ndarray) -> None:
-    for first in range(0, len(features), BLOCK_ROWS):
-        bad = np.argwhere(~np.isfinite(features[first : first + BLOCK_ROWS]))
+    rows = max(1, BLOCK_BYTES // (4 * features.shape[1]))
+    for first in range(0, len(features), rows):
+        bad = np.argwhere(~np.isfinite(features[first : first + rows]))
         if len(bad):
             row, column = bad[0]
             value = features[first + row, column]

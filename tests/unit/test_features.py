@@ -69,7 +69,7 @@ def test_banks_hold_every_image_in_order_and_both_sources(trained):
     with torch.no_grad():
         expected = extractor(normalise(torch.from_numpy(np.array(store.images("test"))), False)).numpy()
     bank = features.read_bank(trained, "discriminator", 4, "test")
-    assert bank.dtype == np.float32
+    assert bank.dtype == np.float16
     np.testing.assert_allclose(bank, expected, rtol=2e-3, atol=1e-4)  # float16 on disk
     control = features.read_bank(trained, "random_init", 0, "test")
     assert control.shape == bank.shape == (20, 16 * (3 + 6))

@@ -12,7 +12,7 @@ LABELS = st.lists(st.integers(0, 4), min_size=10, max_size=80).map(np.array)
 
 
 def all_rows(samples, size=7):
-    return np.concatenate([block.numpy() for _, block in samples.blocks(size)])
+    return np.concatenate([block.numpy().copy() for _, block in samples.blocks(size)])
 
 
 def test_standardised_equals_scikit_learn_and_leaves_its_input_alone():
@@ -27,7 +27,7 @@ def test_a_constant_feature_gets_scale_one(constant):
     x = np.full((1001, 2), constant, np.float32)
     x[:, 1] = np.arange(1001)
     samples = Samples.standardised(x)
-    assert samples.scale[0] == 1
+    assert samples.inverse_scale[0] == 1
     assert (all_rows(samples)[:, 0] == 0).all()
     assert all_rows(samples.like(x[:1] + np.float32([1, 0])))[0, 0] == pytest.approx(x[0, 0] + np.float32(1) - x[0, 0])
 
