@@ -29,18 +29,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         chosen.command(chosen)
     except (ValueError, OSError, RuntimeError) as error:
-        if not _is_for_users(error):
+        if not config.is_for_users(error):
             raise
         return _refuse(error)
     except KeyboardInterrupt:
         print("dcgan: stopped; the same command goes on from here", file=sys.stderr)
         return INTERRUPTED
     return 0
-
-
-def _is_for_users(error: Exception) -> bool:
-    """RuntimeErrors are ours, written to be read, or a library's complaint about a bug."""
-    return not isinstance(error, RuntimeError) or type(error).__module__.startswith("dcgan.")
 
 
 def _refuse(error: object) -> int:
@@ -120,6 +115,17 @@ def data(chosen: argparse.Namespace) -> None:
         print(catalogue.describe(path))
         catalogue.show(path, chosen.count, chosen.out)
         print(f"\n{chosen.count} images of each split in {chosen.out}")
+
+
+def reproduce(chosen: argparse.Namespace) -> None:
+    from dcgan.reproduce import measure
+
+    rows = [word for word in chosen.words if "=" not in word]
+    overrides = [word for word in chosen.words if "=" in word]
+    page = measure.reproduce(
+        chosen.table, rows, overrides, chosen.seeds, chosen.results, lambda line: print(line, flush=True)
+    )
+    print(f"tables in {page}")
 
 
 def _train(run: Run) -> None:
@@ -214,6 +220,7 @@ def _parser() -> Parser:
         command.set_defaults(command=function)
     _add_sample(commands)
     _add_data(commands)
+    _add_reproduce(commands)
     command = commands.add_parser("sync", help="deliver to MLflow what it lacks")
     command.add_argument("run", metavar="RUN", help="a run directory, or a run's name")
     command.set_defaults(command=sync)
@@ -242,6 +249,21 @@ def _add_data(commands: "argparse._SubParsersAction[Parser]") -> None:
     show.add_argument("--count", type=_at_least(1), default=64, help="images of each split (default %(default)s)")
     show.add_argument("--out", type=Path, default=Path("sheet.png"), help="the PNG (default %(default)s)")
     command.set_defaults(command=data)
+
+
+def _add_reproduce(commands: "argparse._SubParsersAction[Parser]") -> None:
+    command = commands.add_parser("reproduce", help="measure a table of the literature beside what was published")
+    command.add_argument("table", metavar="TABLE", help="cifar10, svhn, clustering, mnist or image_quality")
+    command.add_argument(
+        "words",
+        metavar="ROW|key=value",
+        nargs="*",
+        default=[],
+        help="rows, all if none; settings for all rows, or for one data set: cifar10/data.source=DIRECTORY",
+    )
+    command.add_argument("--seeds", type=_at_least(1), default=1, help="for mean and spread (default %(default)s)")
+    command.add_argument("--results", type=Path, help="directory of results.md and results/ (default: the home)")
+    command.set_defaults(command=reproduce)
 
 
 def _at_least(least: int) -> Callable[[str], int]:

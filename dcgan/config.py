@@ -34,6 +34,7 @@ __all__ = [
     "build",
     "default_home",
     "digest",
+    "is_for_users",
     "keys",
     "meant",
     "override",
@@ -252,6 +253,13 @@ def _describe(error: dict[str, Any]) -> str:
 
 def _unknown(key: str) -> str:
     return f"unknown key {key!r}{meant(key, keys()) or '; `dcgan run --help` lists the keys'}"
+
+
+def is_for_users(error: Exception) -> bool:
+    """Whether an error says what a user can mend: ours and the system's do, a library's RuntimeError is a bug's."""
+    if isinstance(error, RuntimeError):
+        return type(error).__module__.startswith("dcgan.")
+    return isinstance(error, ValueError | OSError)
 
 
 def meant(word: str, known: Iterable[str]) -> str:

@@ -3,7 +3,8 @@
 BatchNorm is frozen to the statistics of real training images, the mean over batches, as in the original code; during
 training its running statistics mix real and generated images.
 
-    features/<source>/<split>-<layer>.npy   float16 (N, channels * 16), one file a layer and split
+    features/<source>-<step>-<fingerprint>/   of the images that are scored:
+        <split>-<layer>.npy                   float16 (N, channels * 16), one file a layer and split
     export/discriminator.safetensors        the weights with those statistics
     export/generator.safetensors
 """
@@ -74,21 +75,26 @@ def extract(run: Run) -> None:
     Banks that are there already, of the same checkpoint, are kept; those of another checkpoint are removed. Where no
     image has a label nothing is scored, and the banks have no arrays.
     """
-    store, directory = run.store(), checkpoint.chosen(run)
+    store, scored, directory = run.store(), run.scored_store(), checkpoint.chosen(run)
     device = torch.device("cuda" if torch.cuda.is_available() and run.experiment.compute.device != "cpu" else "cpu")
     generator, trained, _ = checkpoint.load_nets(directory)
     _, random, _ = _untrained(run, store)
     wanted = {"discriminator": (trained, int(directory.name)), "random_init": (random, 0)}
     for source, (net, step) in wanted.items():
-        bank = run.features / f"{source}-{step}"
+        bank = bank_of(run, source, step)
         if not (bank / storage.MANIFEST).is_file():
             calibrate(net.to(device), store, device)
             if source == "discriminator":
                 _export(run, generator, trained, store)
-            _write_bank(bank, Extractor(net), store, device, {"source": source, "step": step})
+            _write_bank(bank, Extractor(net), scored, device, {"source": source, "step": step})
     for other in run.features.iterdir():
-        if other.name not in {f"{source}-{step}" for source, (_, step) in wanted.items()}:
+        if other not in {bank_of(run, source, step) for source, (_, step) in wanted.items()}:
             shutil.rmtree(other)
+
+
+def bank_of(run: Run, source: str, step: int) -> Path:
+    """The directory of a bank; it is there once `extract` has written it whole."""
+    return run.features / f"{source}-{step}-{run.scored}"
 
 
 def _untrained(run: Run, store: Store) -> tuple[Generator, Discriminator, None]:
@@ -138,7 +144,7 @@ def read_bank(run: Run, source: str, step: int, split: str) -> np.ndarray:
 
     Raises CorruptError if the bank is absent or damaged.
     """
-    bank = run.features / f"{source}-{step}"
+    bank = bank_of(run, source, step)
     manifest = storage.read_manifest(bank, hashes=False)
     layers = sorted(
         (n for n in manifest["files"] if n.startswith(f"{split}-")), key=lambda n: int(n[:-4].split("-")[1])

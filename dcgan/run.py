@@ -1,6 +1,6 @@
 """A run: one directory that holds all that one experiment made, and the paths in it.
 
-experiment.json   the experiment and the fingerprint of its image store
+experiment.json   the experiment and the fingerprints of its image store and of the one it is scored on
 metrics.jsonl     one line every `train.log_every` steps
 checkpoints/      <step>/ and best.json
 samples/          <step>.png
@@ -33,21 +33,28 @@ class Run:
     path: Path
     experiment: Experiment
     fingerprint: str
+    scored: str
 
     @classmethod
-    def create(cls, experiment: Experiment, store: Store) -> "Run":
+    def create(cls, experiment: Experiment, store: Store, scored: Store | None = None) -> "Run":
         """The run of this experiment on this store: a new directory, or the one that is already there.
+
+        scored: the images that features are scored on; None: those of `store`.
 
         The name is a function of data, model, training and images, so the same command finds its run again, here or
         at `data.remote`; `compute` and `evaluate` may differ from last time and are stored anew.
         """
         name = f"{store.dataset}-{digest([experiment.identity(), store.fingerprint])}"
-        run = cls(experiment.home / "runs" / name, experiment, store.fingerprint)
+        run = cls(experiment.home / "runs" / name, experiment, store.fingerprint, (scored or store).fingerprint)
         if experiment.data.remote:
             from dcgan import mirror
 
             mirror.pull_run(run.path, experiment.data.remote)
-        recorded = {"experiment": experiment.model_dump(mode="json"), "fingerprint": store.fingerprint}
+        recorded = {
+            "experiment": experiment.model_dump(mode="json"),
+            "fingerprint": run.fingerprint,
+            "scored": run.scored,
+        }
         storage.write_json(run.path / "experiment.json", recorded)
         return run
 
@@ -58,7 +65,7 @@ class Run:
         if not file.is_file():
             raise FileNotFoundError(f"{path} is not a run: it has no experiment.json")
         recorded = json.loads(file.read_text())
-        return cls(path.absolute(), validate(recorded["experiment"]), recorded["fingerprint"])
+        return cls(path.absolute(), validate(recorded["experiment"]), recorded["fingerprint"], recorded["scored"])
 
     @property
     def name(self) -> str:
@@ -82,16 +89,23 @@ class Run:
         return self.path / "features"
 
     def store(self, verify: bool = False) -> Store:
-        """The run's images, copied from `data.remote` first if they are not here."""
-        data, path = self.experiment.data, self.home / "stores" / self.fingerprint
+        """The images trained on, copied from `data.remote` first if they are not here."""
+        return self._open(self.fingerprint, verify)
+
+    def scored_store(self) -> Store:
+        """The images that features are scored on: those trained on, unless `evaluate.images` says otherwise."""
+        return self._open(self.scored, verify=False)
+
+    def _open(self, fingerprint: str, verify: bool) -> Store:
+        data, path = self.experiment.data, self.home / "stores" / fingerprint
         if data.remote:
             from dcgan import mirror
 
             if path.exists():
                 mirror.touch(path)
             else:
-                mirror.pull_store(self.home, data.remote, self.fingerprint, data.cache_gb)
-        return Store.open(self.home, self.fingerprint, verify)
+                mirror.pull_store(self.home, data.remote, fingerprint, data.cache_gb)
+        return Store.open(self.home, fingerprint, verify)
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl so far; a last line that is still being written is left out."""

@@ -78,12 +78,7 @@ class Data(Section):
     @field_validator("source")
     @classmethod
     def _absolute_source(cls, source: str | None) -> str | None:
-        """A path means the same file in a worker that was started in another directory."""
-        if source is None or source.startswith(("http://", "https://", "s3://")):
-            return source
-        if "://" in source:
-            raise ValueError("input should be a directory, or an http(s):// or s3:// address")
-        return str(_absolute(source))
+        return _absolute_or_address(source)
 
     @field_validator("remote")
     @classmethod
@@ -159,18 +154,38 @@ class Evaluate(Section):
     checkpoint: Literal["best", "latest"] = Field(
         "best", description="best by the sliced Wasserstein distance, or newest"
     )
+    images: DataSet | None = Field(
+        None, description="score the features on this data set's images, at data.size, not on those trained on"
+    )
+    images_source: str | None = Field(None, description="for `images`, what data.source is for the images trained on")
     protocols: tuple[Protocol, ...] = Field(PROTOCOLS, description="the protocols to run, see dcgan/evaluate/")
     labels: int = Field(0, ge=0, description="training labels for `svm` and `knn`; 0: all")
     labels_per_class: int = Field(100, ge=1, description="`svm_few_labels`: labels a class in each draw")
     draws: int = Field(10, ge=2, description="`svm_few_labels`: random draws, for mean and standard deviation")
+    standardise: bool = Field(
+        True, description="SVMs on features of mean 0 and variance 1 over train; SVHN's code takes them as they are"
+    )
     c_grid: tuple[Annotated[float, Field(gt=0)], ...] = Field(
-        (1e-5, 1e-4, 1e-3, 1e-2), description="SVM penalties tried on a held-out fifth of the labels"
+        (1e-5, 1e-4, 1e-3, 1e-2), description="SVM penalties tried on the validation images, or a fifth of the labels"
     )
     restarts: int = Field(10, ge=1, description="`clustering`: k-means restarts, the lowest inertia is scored")
     neighbours: tuple[Annotated[int, Field(ge=1)], ...] = Field(
-        (1, 5, 15), description="`knn`: neighbours tried on a held-out fifth of the labels"
+        (1, 5, 15), description="`knn`: neighbours tried on the validation images, or a fifth of the labels"
+    )
+    inception: str | None = Field(
+        None, description="torch-fidelity's InceptionV3 weights, a file; without it image quality is not measured"
     )
     seed: int = Field(0, ge=0, lt=2**32, description="of splits, draws and centroids")
+
+    @field_validator("inception")
+    @classmethod
+    def _absolute_file(cls, file: str | None) -> str | None:
+        return file and str(_absolute(file))
+
+    @field_validator("images_source")
+    @classmethod
+    def _absolute_source(cls, source: str | None) -> str | None:
+        return _absolute_or_address(source)
 
     @field_validator("protocols", "c_grid", "neighbours")
     @classmethod
@@ -178,6 +193,15 @@ class Evaluate(Section):
         if not values or len(set(values)) < len(values):
             raise ValueError("input should have at least one value, and each once")
         return values
+
+
+def _absolute_or_address(source: str | None) -> str | None:
+    """A path means the same file in a worker that was started in another directory."""
+    if source is None or source.startswith(("http://", "https://", "s3://")):
+        return source
+    if "://" in source:
+        raise ValueError("input should be a directory, or an http(s):// or s3:// address")
+    return str(_absolute(source))
 
 
 def _absolute(path: str) -> Path:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from dcgan import storage
-from dcgan.config import Experiment, Protocol
+from dcgan.config import Data, Experiment, Protocol
 from dcgan.data.store import Store
 from dcgan.run import Run, read_lines
 
@@ -30,21 +30,41 @@ def ingest(experiment: Experiment) -> Run:
 
     Raises ValueError, before any image is read where possible, if the images or the settings don't fit each other.
     """
-    from dcgan.data import ingest as data
-
-    make = data.by_threads if experiment.compute.workers == 0 else _by_ray(experiment.home)
-    store = Store.open(experiment.home, data.ingest(experiment.data, experiment.home, verify=True, maker=make))
+    store = images(experiment, experiment.data)
+    scored = images(experiment, _scored_on(experiment)) if experiment.evaluate.images else store
     if (count := store.count(*store.training)) < experiment.train.batch_size:
         raise ValueError(f"train.batch_size={experiment.train.batch_size} exceeds the {count} training images")
     alone = [name for name in experiment.evaluate.protocols if name != "clustering"]
-    if store.classes and "test" not in store.splits and alone:
+    if scored.classes and "test" not in scored.splits and alone:
         raise ValueError(
-            f"evaluate.protocols={', '.join(alone)} need test images, and {store.dataset} has none: "
+            f"evaluate.protocols={', '.join(alone)} need test images, and {scored.dataset} has none: "
             "set evaluate.protocols=[clustering]"
+        )
+    if scored.channels != store.channels:
+        raise ValueError(
+            f"evaluate.images={scored.dataset} has {scored.channels} channels and {store.dataset} {store.channels}"
         )
     if experiment.model.conditional and (store.labels(*store.training) < 0).any():
         raise ValueError("model.conditional=true needs images with labels; these have none")
-    return Run.create(experiment, store)
+    return Run.create(experiment, store, scored)
+
+
+def images(experiment: Experiment, data: Data) -> Store:
+    """The store of `data` in the experiment's home, made unless it is there."""
+    from dcgan.data import ingest
+
+    make = ingest.by_threads if experiment.compute.workers == 0 else _by_ray(experiment.home)
+    return Store.open(experiment.home, ingest.ingest(data, experiment.home, verify=True, maker=make))
+
+
+def _scored_on(experiment: Experiment) -> Data:
+    """The data section of `evaluate.images`: its preset's, at the size that is trained on."""
+    from dcgan import config
+
+    words = [f"data.source={experiment.evaluate.images_source}"] if experiment.evaluate.images_source else []
+    wanted = config.build(str(experiment.evaluate.images), [*words, f"data.size={experiment.data.size}"]).data
+    same = {"home", "remote", "cache_gb", "offline"}
+    return wanted.model_copy(update=experiment.data.model_dump(include=same))
 
 
 def _by_ray(home: Path) -> Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[Any]]:
@@ -139,7 +159,7 @@ def extract(run: Run) -> None:
 
 def protocols(run: Run) -> tuple[Protocol, ...]:
     """The protocols that can be run: those of `evaluate.protocols`, or none where the images have no two classes."""
-    return run.experiment.evaluate.protocols if len(run.store().classes) > 1 else ()
+    return run.experiment.evaluate.protocols if len(run.scored_store().classes) > 1 else ()
 
 
 def evaluate(run: Run, protocol: Protocol) -> dict[str, dict[str, float]]:
@@ -151,46 +171,44 @@ def evaluate(run: Run, protocol: Protocol) -> dict[str, dict[str, float]]:
     from dcgan import checkpoint
     from dcgan.evaluate import EVALUATORS
 
-    settings, store = run.experiment.evaluate, run.store()
+    settings, store = run.experiment.evaluate, run.scored_store()
     step = int(checkpoint.chosen(run).name)
     described = {
         "protocol": protocol,
         "checkpoint": step,
         "chosen": settings.checkpoint,
-        "settings": settings.model_dump(mode="json", exclude={"protocols", "checkpoint"}),
+        "images": store.fingerprint,
+        "settings": settings.model_dump(mode="json", exclude={"protocols", "checkpoint", "images", "images_source"}),
     }
     known = run.scores().get(protocol, {})
     if {key: known.get(key) for key in described} == described:
         return known["scores"]
     began = time.perf_counter()
-    labels = {split: _labels(store, split, protocol) for split in store.scored}
+    classes = store.groups if protocol == "clustering" else store.labels
+    labels = {split: classes(split) for split in store.scored}
     scores = {}
     for name in REPRESENTATIONS:
-        features = {split: _representation(run, name, step, split) for split in labels}
+        features = {split: representation(run, name, split) for split in labels}
         if "test" not in labels:  # a data set of one split, which is clustered whole
             features["test"], labels["test"] = features["train"][:0], labels["train"][:0]
+        held = (features["validation"], labels["validation"]) if "validation" in labels else None
         scores[name] = EVALUATORS[protocol](
-            features["train"], labels["train"], features["test"], labels["test"], settings
+            features["train"], labels["train"], features["test"], labels["test"], settings, held
         )
     content = {**described, "seconds": time.perf_counter() - began, "scores": scores}
     storage.write_json(run.path / "scores" / f"{protocol}.json", content)
     return scores
 
 
-def _labels(store: Store, split: str, protocol: Protocol) -> np.ndarray:
-    """int64 (N,): classes, and for clustering superclasses where there are such, as CIFAR-100's figures are of 20."""
-    labels = store.labels(split)
-    return store.superclass_of[labels] if protocol == "clustering" and len(store.superclass_of) else labels
-
-
-def _representation(run: Run, name: str, step: int, split: str) -> np.ndarray:
-    """(N, F): a feature bank, float16, or the pixels in [0, 1], float32."""
-    from dcgan import features
+def representation(run: Run, name: str, split: str) -> np.ndarray:
+    """(N, F) of a name of REPRESENTATIONS: a feature bank, float16, or the pixels in [0, 1], float32."""
+    from dcgan import checkpoint, features
 
     if name == "raw_pixels":
-        images = run.store().images(split)
+        images = run.scored_store().images(split)
         return images.reshape(len(images), -1).astype(np.float32) / 255
-    return features.read_bank(run, name, step if name == "discriminator" else 0, split)
+    step = int(checkpoint.chosen(run).name) if name == "discriminator" else 0
+    return features.read_bank(run, name, step, split)
 
 
 def report(run: Run) -> Path:

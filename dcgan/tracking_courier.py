@@ -30,7 +30,7 @@ class Courier:
 
     def __init__(self, run: Run, ledger: Ledger) -> None:
         self.run, self.ledger = run, ledger
-        self.client = tracking_run.connect(run)
+        self.client = tracking_run.connect(run.home)
         self.known = tracking_run.open_run(self.client, run, ledger)
         self.delivery = Delivery(ledger.run_id, tracking.url(run))
 

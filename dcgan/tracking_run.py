@@ -5,6 +5,7 @@ import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import requests
@@ -44,13 +45,13 @@ def _line(error: Exception) -> str:
     return own[0] if own else text
 
 
-def connect(run: Run) -> MlflowClient:
+def connect(home: Path) -> MlflowClient:
     """A client for the server, or the SQLite file, that keeps the record; raises soon if nothing answers there."""
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.WARNING)  # forty lines when a SQLite file is created
-    uri = tracking.uri(run.home)
+    uri = tracking.uri(home)
     _knock(uri)
-    with tracking.lock(run.home / ".mlflow.lock"):  # two processes creating the same SQLite file break it
+    with tracking.lock(home / ".mlflow.lock"):  # two processes creating the same SQLite file break it
         client = MlflowClient(tracking_uri=uri)
         client.search_experiments(max_results=1)
     return client
@@ -89,7 +90,7 @@ def _find(client: MlflowClient, run: Run, ledger: Ledger) -> MlflowRun | None:
 
 
 def _create(client: MlflowClient, run: Run, ledger: Ledger) -> None:
-    experiment_id = _experiment(client, run)
+    experiment_id = experiment(client, run.home, summary.dataset(run))
     found = []
     if "run" in ledger.pending:  # asked for before, and no answer
         mine = f"tags.`dcgan.token` = '{ledger.token}'"
@@ -103,13 +104,12 @@ def _create(client: MlflowClient, run: Run, ledger: Ledger) -> None:
     ledger.end("run", ledger.run_id)
 
 
-def _experiment(client: MlflowClient, run: Run) -> str:
-    """One experiment a data set, so that its runs can be compared."""
-    name = summary.dataset(run)
+def experiment(client: MlflowClient, home: Path, name: str) -> str:
+    """The id of the experiment of this name: one a data set, or a table, so that its runs can be compared."""
     known = client.get_experiment_by_name(name)
     if known is None:
-        remote = urlsplit(tracking.uri(run.home)).scheme in ("http", "https")
-        location = None if remote else (run.home / "mlartifacts" / name).absolute().as_uri()
+        remote = urlsplit(tracking.uri(home)).scheme in ("http", "https")
+        location = None if remote else (home / "mlartifacts" / name).absolute().as_uri()
         try:
             return client.create_experiment(name, location, {"mlflow.experimentKind": "custom_model_development"})
         except MlflowException as error:

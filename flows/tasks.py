@@ -86,3 +86,15 @@ def report(run: str) -> str:
     Retried once, as `extract`. An MLflow that is away is no failure: the record waits in the run directory.
     """
     return str(stages.report(Run.open(Path(run))))
+
+
+@task(task_run_name="{table} {row}", cache_policy=NO_CACHE, retries=0, timeout_seconds=None)
+def measure_row(table: str, row: str, overrides: Sequence[str], seeds: int) -> dict[str, Any]:
+    """Measure one row of a table: its record.
+
+    Not retried: what can fail for want of data or weights is a record that says so, and what was measured with one
+    seed is kept for the next flow run. No time limit: a row may train for days.
+    """
+    from dcgan.reproduce import measure  # every evaluator there is: only for who needs them
+
+    return measure.one(table, row, overrides, seeds)

@@ -197,8 +197,8 @@ class Store:
 
     @property
     def scored(self) -> tuple[str, ...]:
-        """The splits that features are scored on: train and test, as far as there are such with labels."""
-        return tuple(split for split in ("train", "test") if self.classes and split in self.splits)
+        """The splits that features are scored on: train, validation and test, as far as there are such with labels."""
+        return tuple(split for split in ("train", "validation", "test") if self.classes and split in self.splits)
 
     @property
     def superclass_of(self) -> np.ndarray:
@@ -225,6 +225,11 @@ class Store:
     def labels(self, *splits: str) -> np.ndarray:
         """int64 (N,); -1 everywhere if the images have no labels."""
         return np.concatenate([np.load(self.path / f"{split}-labels.npy") for split in splits])
+
+    def groups(self, split: str) -> np.ndarray:
+        """int64 (N,): what a split is clustered into: superclasses where there are such (CIFAR-100), else classes."""
+        labels = self.labels(split)
+        return self.superclass_of[labels] if len(self.superclass_of) else labels
 
     def balance(self, split: str) -> dict[str, int]:
         """Images of each class in a split; empty if they have no labels."""

@@ -4,8 +4,9 @@ import numpy as np
 import torch
 
 from dcgan.config import Evaluate
-from dcgan.evaluate.samples import Labelled, Samples, check, check_classes, device, hold_out, labelled
+from dcgan.evaluate.samples import Labelled, Samples, check, check_classes, device, draw, hold_out, labelled
 
+CHOICE_DRAWS = 10  # on which the number of neighbours is chosen, as C is
 QUERIES = 1024  # images compared at once with all references: 200 MiB of distances to 50,000
 
 
@@ -45,6 +46,44 @@ def score(
     chosen = tried[int(np.argmax(found))]
     (accuracy,) = accuracies(train, labels, train.like(test_x), test_y, [chosen])
     return {"knn/accuracy": accuracy, "knn/validation_accuracy": max(found), "knn/neighbours": float(chosen)}
+
+
+def score_few_labels(
+    train_x: np.ndarray,
+    train_y: np.ndarray,
+    test_x: np.ndarray,
+    test_y: np.ndarray,
+    settings: Evaluate,
+    validation: Labelled | None = None,
+) -> dict[str, float]:
+    """`knn_few_labels/accuracy` (higher is better), its `_std` over draws, `/validation_accuracy` and `/neighbours`.
+
+    `svm.score_few_labels` with neighbours instead of a classifier: its draws, its validation images, and one number of
+    `settings.neighbours` for all draws. Raises ValueError as that does, or for more neighbours than labels.
+    """
+    check(train_x, train_y, test_x, test_y, validation)
+    check_classes(train_y, test_y)
+    samples = Samples.centred(train_x, device())
+    if validation:
+        pool, held, held_y = np.arange(len(train_y)), samples.like(validation[0]), validation[1]
+    else:
+        pool, rest = hold_out(train_y, settings.seed)
+        held, held_y = samples.take(rest), train_y[rest]
+    draws = [pool[draw(train_y[pool], settings.labels_per_class, (settings.seed, i))] for i in range(settings.draws)]
+    tried = sorted(set(settings.neighbours))
+    if tried[-1] > len(draws[0]):
+        raise ValueError(f"evaluate.neighbours={tried[-1]}, but a draw has only {len(draws[0])} labels")
+    found = [accuracies(samples.take(rows), train_y[rows], held, held_y, tried) for rows in draws[:CHOICE_DRAWS]]
+    means = np.mean(found, axis=0)
+    chosen = tried[int(np.argmax(means))]
+    test = samples.like(test_x)
+    scores = [accuracies(samples.take(rows), train_y[rows], test, test_y, [chosen])[0] for rows in draws]
+    return {
+        "knn_few_labels/accuracy": float(np.mean(scores)),
+        "knn_few_labels/accuracy_std": float(np.std(scores, ddof=1)),
+        "knn_few_labels/validation_accuracy": float(max(means)),
+        "knn_few_labels/neighbours": float(chosen),
+    }
 
 
 def accuracies(

@@ -238,7 +238,7 @@ def test_a_setting_that_may_change_between_runs_is_shown_as_it_is_now(new_run: C
     tracking.start(run)
     for draws in (7, 5):
         evaluate = run.experiment.evaluate.model_copy(update={"draws": draws})
-        changed = Run(run.path, run.experiment.model_copy(update={"evaluate": evaluate}), run.fingerprint)
+        changed = Run(run.path, run.experiment.model_copy(update={"evaluate": evaluate}), run.fingerprint, run.scored)
         tracking.start(changed)
         assert record(run).data.params["evaluate.draws"] == "5"
         assert record(run).data.tags["now.evaluate.draws"] == str(draws)

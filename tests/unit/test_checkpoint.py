@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -90,11 +91,9 @@ def test_chosen_follows_the_experiment(store):
         checkpoint.chosen(run)
     save(run, make_game(run, store), store, (1, 0.1), (2, 0.2))
     assert checkpoint.chosen(run).name == "1"
-    evaluate = run.experiment.evaluate.model_copy(update={"checkpoint": "latest"})
-    assert (
-        checkpoint.chosen(Run(run.path, run.experiment.model_copy(update={"evaluate": evaluate}), run.fingerprint)).name
-        == "2"
-    )
+    newest = run.experiment.evaluate.model_copy(update={"checkpoint": "latest"})
+    other = replace(run, experiment=run.experiment.model_copy(update={"evaluate": newest}))
+    assert checkpoint.chosen(other).name == "2"
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "manifest"])

@@ -58,6 +58,8 @@ REFUSED = {
     "compute.device": ["tpu"],
     "compute.max_failures": ["-1"],
     "evaluate.checkpoint": ["newest"],
+    "evaluate.images": ["photos"],
+    "evaluate.images_source": ["ftp://host/x"],
     "evaluate.protocols": ["svm", "[svn]", "[]", "[svm, svm]"],
     "evaluate.labels": ["-1"],
     "evaluate.labels_per_class": ["0"],
@@ -65,6 +67,8 @@ REFUSED = {
     "evaluate.c_grid": ["[]", "[0]", "[-1e-3]", "[1e-3, 1e-3]", "[nan]", "0.1"],
     "evaluate.restarts": ["0"],
     "evaluate.neighbours": ["[]", "[0]", "[1, 1]", "[1.5]", "[true]"],
+    "evaluate.standardise": ["yes please"],
+    "evaluate.inception": [],  # a path: any text is one
     "evaluate.seed": ["-1", str(2**32)],
 }
 

@@ -116,7 +116,7 @@ def test_a_mean_over_draws_stands_with_its_deviation(run: Run) -> None:
 
 def test_published_figures_stand_beside_their_metric_with_their_source(home: Path) -> None:
     digits = fabricated.new_run(home)
-    run = Run(digits.path.with_name("cifar10-00000000"), digits.experiment, digits.fingerprint)
+    run = Run(digits.path.with_name("cifar10-00000000"), digits.experiment, digits.fingerprint, digits.scored)
     fabricated.score(run)
     page = written(run)
     assert "0.8280" in page.text

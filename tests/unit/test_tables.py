@@ -22,7 +22,7 @@ SCORES = {
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    run = Run(tmp_path / "runs" / "digits-0", build("digits"), "0" * 16)
+    run = Run(tmp_path / "runs" / "digits-0", build("digits"), "0" * 16, "0" * 16)
     (run.path / "scores").mkdir(parents=True)
     return run
 

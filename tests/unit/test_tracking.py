@@ -136,14 +136,14 @@ def test_scores_are_told_from_hyperparameters(name: str, more_is_better: bool) -
 )
 def test_the_command_of_a_run_makes_the_same_experiment(settings: dict[str, object]) -> None:
     wanted = config.build("digits", [f"{key}={json.dumps(value)}" for key, value in settings.items()])
-    words = shlex.split(summary.command(Run(Path("/home/runs/digits-0"), wanted, "f")))
+    words = shlex.split(summary.command(Run(Path("/home/runs/digits-0"), wanted, "f", "f")))
     assert words[:3] == ["dcgan", "run", "digits"]
     assert config.build(words[2], words[3:]) == wanted
 
 
 def test_a_folder_is_repeated_with_its_source(tmp_path: Path) -> None:
     wanted = config.build("folder", [f"data.source={tmp_path / 'my pictures'}", "train.seed=3"])
-    words = shlex.split(summary.command(Run(Path("/home/runs/folder-0"), wanted, "f")))
+    words = shlex.split(summary.command(Run(Path("/home/runs/folder-0"), wanted, "f", "f")))
     assert config.build(words[2], words[3:]) == wanted
 
 

@@ -1,0 +1,16 @@
+"""The literature's tables, measured: one module a table, each a tuple of rows.
+
+`rows` says what a row is, `measure` measures it, `record` keeps what was measured and `page` shows it beside what was
+published.
+"""
+
+from dcgan.reproduce import cifar10, clustering, image_quality, mnist, svhn
+from dcgan.reproduce.rows import Table
+
+TABLES: dict[str, Table] = {
+    "cifar10": cifar10.TABLE,
+    "svhn": svhn.TABLE,
+    "clustering": clustering.TABLE,
+    "mnist": mnist.TABLE,
+    "image_quality": image_quality.TABLE,
+}

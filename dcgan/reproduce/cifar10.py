@@ -1,0 +1,88 @@
+"""CIFAR-10 classification: table 1 of Radford et al. (2015), with all labels and with 400 a class."""
+
+from functools import partial
+
+from dcgan.evaluate import patch_kmeans
+from dcgan.evaluate.published import PAPER
+from dcgan.reproduce.rows import QUOTED, Column, Figure, Measured, Row, Setting, Table, arrays, features, merged
+
+ACCURACY = {"accuracy": "svm/accuracy"}
+FEW = {"few": "svm_few_labels/accuracy"}
+
+
+def _patch_kmeans(centroids: int, setting: Setting) -> Measured:
+    store, settings = setting.images("cifar10")
+    (train_x, train_y), _, (test_x, test_y) = arrays(store)
+    found = patch_kmeans.score(
+        train_x,
+        train_y,
+        test_x,
+        test_y,
+        centroids=centroids,
+        labels_per_class=settings.labels_per_class,
+        draws=settings.draws,
+        seed=setting.seed,
+    )
+    few = Figure(
+        found["patch_kmeans/few_labels_accuracy"],
+        found["patch_kmeans/few_labels_accuracy_std"],
+        f"{settings.draws} draws",
+    )
+    return Measured(
+        {"accuracy": Figure(found["patch_kmeans/accuracy"]), "few": few},
+        f"{centroids:,} centroids of 400,000 patches; all {len(train_y):,} labels, "
+        f"{settings.labels_per_class} a class in each draw",
+    )
+
+
+def _of_itself(setting: Setting) -> Measured:
+    run = setting.trained("cifar10", "evaluate.labels=0")
+    return merged(features(run, "svm", ACCURACY), features(run, "svm_few_labels", FEW))
+
+
+def _of_imagenet(setting: Setting) -> Measured:
+    run = setting.trained("imagenet32", "evaluate.images=cifar10")
+    return merged(features(run, "svm", ACCURACY), features(run, "svm_few_labels", FEW))
+
+
+def _figures(accuracy: float, few: float, spread: float) -> dict[str, Figure]:
+    return {"accuracy": Figure(accuracy), "few": Figure(few, spread)}
+
+
+TABLE = Table(
+    "CIFAR-10 classification",
+    (
+        Column("accuracy", "accuracy, all labels, %", percent=True),
+        Column("few", "accuracy, 400 labels a class, %", percent=True),
+    ),
+    (
+        Row("patch_kmeans_400", "1-layer k-means, 400 centroids", {}, "", partial(_patch_kmeans, 400)),
+        Row(
+            "patch_kmeans_1600",
+            "1-layer k-means, 1,600 centroids",
+            {"accuracy": Figure(0.779)},
+            "Coates, Lee and Ng, AISTATS 2011",
+            partial(_patch_kmeans, 1600),
+        ),
+        Row(
+            "patch_kmeans_4800",
+            "1-layer k-means, 4,800 centroids",
+            _figures(0.806, 0.637, 0.007),
+            PAPER,
+            partial(_patch_kmeans, 4800),
+        ),
+        Row("kmeans_3_layers", "3-layer k-means, learned RF", _figures(0.820, 0.707, 0.007), PAPER, QUOTED),
+        Row("view_invariant", "view-invariant k-means", _figures(0.819, 0.726, 0.007), PAPER, QUOTED),
+        Row("exemplar_cnn", "Exemplar CNN", _figures(0.843, 0.774, 0.002), PAPER, QUOTED),
+        Row(
+            "dcgan_imagenet",
+            "DCGAN (ImageNet, 28,672 features) + L2-SVM",
+            _figures(0.828, 0.738, 0.004),
+            PAPER,
+            _of_imagenet,
+        ),
+        Row("dcgan_cifar10", "DCGAN (CIFAR-10 itself) + L2-SVM", {}, "", _of_itself),
+    ),
+    "Features of the discriminator are all convolution layers, pooled to 4x4 and standardised; C is chosen on images "
+    "held out of train.",
+)

@@ -1,0 +1,65 @@
+"""k-means on features and on pixels: the row "GAN" of Chang et al. (ICCV 2017) and of Wu et al. (ICCV 2019)."""
+
+from functools import partial
+
+from dcgan.config import DataSet
+from dcgan.evaluate import clustering
+from dcgan.evaluate.published import PUBLISHED, RAW_PIXELS, Published
+from dcgan.reproduce.rows import Column, Figure, Measured, Row, Setting, Table, features, pixels
+
+NAMES = {name: f"clustering/{name}" for name in ("nmi", "nmi_geometric", "ari", "accuracy")}
+DATA: dict[DataSet, str] = {
+    "mnist": "MNIST",
+    "cifar10": "CIFAR-10",
+    "cifar100": "CIFAR-100 (20 superclasses)",
+    "stl10": "STL-10",
+    "imagenet10": "ImageNet-10",
+    "imagenet_dog15": "ImageNet-Dog-15",
+    "tiny_imagenet": "Tiny-ImageNet",
+}
+
+
+def _features(preset: DataSet, setting: Setting) -> Measured:
+    return features(setting.trained(preset), "clustering", NAMES)
+
+
+def _pixels(preset: DataSet, setting: Setting) -> Measured:
+    store, settings = setting.images(preset)
+    images = {split: pixels(store.images(split)) for split in store.scored}
+    labels = {split: store.groups(split) for split in store.scored}
+    none = images["train"][:0], labels["train"][:0]
+    train, held, test = ((images[s], labels[s]) if s in images else none for s in ("train", "validation", "test"))
+    found = clustering.score(*train, *test, settings, held if len(held[1]) else None)
+    count = sum(map(len, labels.values()))
+    return Measured(
+        {column: Figure(found[metric]) for column, metric in NAMES.items()},
+        f"{count:,} images of {store.size} px, {settings.restarts} starts",
+    )
+
+
+def _figures(published: dict[str, Published]) -> dict[str, Figure]:
+    return {column: Figure(published[metric].value) for column, metric in NAMES.items() if metric in published}
+
+
+def _rows(preset: DataSet, name: str) -> tuple[Row, Row]:
+    gan, raw = PUBLISHED[preset], RAW_PIXELS[preset]
+    source = gan["clustering/nmi"].source
+    return (
+        Row(preset, f"{name}: DCGAN features", _figures(gan), source, partial(_features, preset)),
+        Row(f"{preset}_pixels", f"{name}: raw pixels", _figures(raw), source, partial(_pixels, preset)),
+    )
+
+
+TABLE = Table(
+    "Clustering",
+    (
+        Column("nmi", "NMI"),
+        Column("nmi_geometric", "NMI, geometric mean"),
+        Column("ari", "ARI"),
+        Column("accuracy", "accuracy"),
+    ),
+    tuple(row for preset, name in DATA.items() for row in _rows(preset, name)),
+    "Train and test merged; as many clusters as classes; the start of lowest inertia is scored. Features are all "
+    "convolution layers, pooled to 4x4, as they are. Of which layers, mean of entropies and number of starts the "
+    "published figures are is not known; their NMI stands under the arithmetic mean.",
+)

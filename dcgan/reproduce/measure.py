@@ -1,0 +1,145 @@
+"""Measure rows of a table: each once for each seed, kept on disk, delivered to MLflow, shown beside what was published.
+
+A row that can't be measured (no data, no weights) says why and stops no other. What was measured is kept under
+`<home>/reproduced/<table>/<row>/`, so the same command goes on where it stopped; deleting a file there measures anew.
+"""
+
+import dataclasses
+import json
+import logging
+import shlex
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from dcgan import config, storage, summary
+from dcgan.config import digest
+from dcgan.reproduce import TABLES, record
+from dcgan.reproduce.rows import Figure, Measured, Row, Setting, check, home
+from dcgan.tracking import TrackingError
+
+log = logging.getLogger(__name__)
+
+
+def choose(table: str, names: Sequence[str]) -> list[Row]:
+    """The rows of these keys, or all that are measured here. Raises ValueError for an unknown table or row."""
+    if table not in TABLES:
+        known = f"; tables are {', '.join(TABLES)}"
+        raise ValueError(f"unknown table {table!r}{config.meant(table, TABLES) or known}")
+    rows = {row.key: row for row in TABLES[table].rows}
+    for name in names:
+        if name not in rows:
+            known = f"; rows are {', '.join(rows)}"
+            raise ValueError(f"table {table} has no row {name!r}{config.meant(name, rows) or known}")
+        if isinstance(rows[name].measure, str):
+            raise ValueError(f"row {name}: {rows[name].measure}")
+    return [row for row in rows.values() if (row.key in names if names else callable(row.measure))]
+
+
+def reproduce(
+    table: str,
+    names: Sequence[str] = (),
+    overrides: Sequence[str] = (),
+    seeds: int = 1,
+    results: Path | None = None,
+    say: Callable[[str], object] = log.info,
+) -> Path:
+    """Measure rows of a table with seeds 0 to `seeds` - 1 and write them into `results` (None: the home); the page.
+
+    Raises ValueError, before any work, for a table, row or override that is unknown.
+    """
+    check(overrides)
+    rows = choose(table, names)
+    directory = results or home(overrides)
+    for row in rows:
+        say(f"{table}: {row.method}")
+        content = one(table, row.key, overrides, seeds)
+        record.keep(directory, table, {row.key: content})
+        say(f"  {record.words(TABLES[table], content)}")
+    return record.write_page(directory)
+
+
+def one(table: str, name: str, overrides: Sequence[str], seeds: int) -> dict[str, Any]:
+    """The record of one row: what was measured, or why nothing was; see `record`."""
+    (row,) = choose(table, [name])
+    words = shlex.join(["dcgan", "reproduce", table, row.key, *_seeds(seeds), *overrides])
+    where = {**_where(), "command": words}
+    try:
+        found = [_once(table, row, tuple(overrides), seed) for seed in range(seeds)]
+    except (ValueError, OSError, RuntimeError) as error:
+        if not config.is_for_users(error):
+            raise
+        reason = " ".join(str(error).split()).replace(str(home(overrides)), "HOME")
+        return {**where, "reason": f"not measured: {reason}"}
+    where["seconds"] = sum(seconds for _, seconds in found)
+    content = {**where, **dataclasses.asdict(together([measured for measured, _ in found])), "seeds": seeds}
+    _deliver(table, row, content, home(overrides))
+    return content
+
+
+def _once(table: str, row: Row, overrides: tuple[str, ...], seed: int) -> tuple[Measured, float]:
+    """What a row gives with one seed, and the seconds it took; kept, and not measured again."""
+    assert callable(row.measure)
+    name = digest([sorted(overrides), seed])
+    directory = home(overrides) / "reproduced" / table / row.key
+    directory.mkdir(parents=True, exist_ok=True)
+    file = directory / f"{name}.json"
+    if file.is_file():
+        known = json.loads(file.read_text())
+        return record.measured(known["measured"]), known["seconds"]
+    began = time.perf_counter()
+    measured = row.measure(Setting(overrides, seed, directory / name))
+    seconds = time.perf_counter() - began
+    storage.write_json(file, {"measured": dataclasses.asdict(measured), "seconds": seconds})
+    return measured, seconds
+
+
+def together(found: Sequence[Measured]) -> Measured:
+    """One measurement as it is; several as their mean, spread over the seeds."""
+    if len(found) == 1:
+        return found[0]
+    return Measured(
+        _mean([each.figures for each in found]),
+        found[0].scale,
+        {name: _mean([each.controls[name] for each in found]) for name in found[0].controls},
+        {f"seed {seed} {key}": value for seed, each in enumerate(found) for key, value in each.choices.items()},
+        tuple(name for each in found for name in each.runs),
+    )
+
+
+def _mean(cells: Sequence[dict[str, Figure]]) -> dict[str, Figure]:
+    values = {column: [each[column].value for each in cells] for column in cells[0]}
+    return {column: Figure(statistics.fmean(v), statistics.stdev(v), f"{len(v)} seeds") for column, v in values.items()}
+
+
+def _seeds(seeds: int) -> list[str]:
+    return ["--seeds", str(seeds)] if seeds > 1 else []
+
+
+def _where() -> dict[str, Any]:
+    """What the figures were measured on, with which code, when."""
+    environment = summary.environment()
+    return {
+        "hardware": "; ".join([environment["cpu"], *environment["gpu"]]),
+        "commit": environment["git_commit"][:12] + (" (changed)" if environment["git_changed"] else ""),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+def _deliver(table: str, row: Row, content: dict[str, Any], where: Path) -> None:
+    from dcgan import tracking_rows
+
+    metrics = {f"measured/{column}": cell[0] for column, cell in content["figures"].items()}
+    metrics |= {f"spread/{column}": cell[1] for column, cell in content["figures"].items() if cell[1] is not None}
+    metrics |= {f"published/{column}": figure.value for column, figure in row.published.items()}
+    for control, cells in content["controls"].items():
+        metrics |= {f"{control.replace(' ', '_')}/{column}": cell[0] for column, cell in cells.items()}
+    params = {key: content[key] for key in ("scale", "seeds", "seconds", "command", "commit", "hardware", "date")}
+    params |= {"runs": " ".join(content["runs"]), "source": row.source or "-"}
+    try:
+        tracking_rows.log(where, f"reproduce-{table}", row.key, metrics, params, row.method)
+    except TrackingError as error:
+        log.warning("%s; the row is kept in %s", error, where / "reproduced")

@@ -1,0 +1,54 @@
+"""MNIST, label-conditional: 1-nearest-neighbour error of generated digits (Radford et al., 2015, appendix, table 3)."""
+
+from functools import partial
+
+import torch
+
+from dcgan import checkpoint, sampling
+from dcgan.evaluate import generated
+from dcgan.evaluate.published import PAPER
+from dcgan.evaluate.samples import device
+from dcgan.reproduce.rows import QUOTED, Column, Figure, Measured, Row, Setting, Table, arrays, checkpoint_rule, scale
+
+MODEL = (
+    "model.conditional=true",
+    "model.hidden=1024",
+    "model.affine=false",
+    "evaluate.checkpoint=latest",
+)
+
+
+def _real(count: int, setting: Setting) -> Measured:
+    store, _ = setting.images("mnist")
+    (train_x, train_y), _, (test_x, test_y) = arrays(store)
+    found = generated.score([(train_x[:count], train_y[:count])], test_x, test_y)
+    return Measured({"error": Figure(found["generated_1nn/error"])}, f"the first {count:,} training images")
+
+
+def _drawn(count: int, setting: Setting) -> Measured:
+    run = setting.trained("mnist", *MODEL)
+    _, _, (test_x, test_y) = arrays(run.store())
+    generator = checkpoint.load_generator(checkpoint.chosen(run))
+    model = run.experiment.model
+    chunks = sampling.sampled(generator, model, len(run.store().classes), count, setting.seed, torch.device(device()))
+    found = generated.score(chunks, test_x, test_y)
+    return Measured(
+        {"error": Figure(found["generated_1nn/error"])},
+        f"{scale(run)}; {count:,} digits drawn",
+        choices={"checkpoint": checkpoint_rule(run)},
+        runs=(run.name,),
+    )
+
+
+TABLE = Table(
+    "MNIST, label-conditional",
+    (Column("error", "test error, 1-NN, %", percent=True, better="lower"),),
+    (
+        Row("real", "real data, 50,000", {"error": Figure(0.031)}, PAPER, partial(_real, 50_000)),
+        Row("gan_50k", "GAN, 50,000", {"error": Figure(0.0628)}, PAPER, QUOTED),
+        Row("gan_10m", "GAN, 10 million", {"error": Figure(0.0565)}, PAPER, QUOTED),
+        Row("dcgan_50k", "DCGAN, 50,000", {"error": Figure(0.0298)}, PAPER, partial(_drawn, 50_000)),
+        Row("dcgan_10m", "DCGAN, 10 million", {"error": Figure(0.0148)}, PAPER, partial(_drawn, 10_000_000)),
+    ),
+    "The neighbours are real or generated digits, what is classified are the 10,000 test images.",
+)

@@ -1,0 +1,104 @@
+"""The tables as Markdown: published beside measured, controls below, and where each figure comes from."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from dcgan.reproduce.rows import Column, Figure, Row, Table
+
+BEGIN = "<!-- tables: written by `dcgan reproduce`, changed by hand in vain -->"
+END = "<!-- end of tables -->"
+Records = Mapping[str, dict[str, Any]]
+
+
+def replace(text: str, tables: str) -> str:
+    """The page with other tables between its marks; a page without marks gets them at its end."""
+    before, begin, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    if not begin:
+        before = f"{text.rstrip()}\n\n".lstrip("\n") if text else "# Results\n\n"
+        after = "\n"
+    return f"{before}{BEGIN}\n\n{tables}\n{END}{after}"
+
+
+def tables(known: Mapping[str, Table], records: Mapping[str, Records]) -> str:
+    """Every table in order, measured or not."""
+    return "\n".join(_table(name, table, records[name]) for name, table in known.items())
+
+
+def _table(name: str, table: Table, records: Records) -> str:
+    header = ["method", *(f"{c.title}: {which}" for c in table.columns for which in ("published", "measured"))]
+    lines = [f"## {table.title}", "", f"    dcgan reproduce {name}", ""]
+    lines += [table.note, ""] if table.note else []
+    lines += [_line(header), _line(["---"] * len(header))]
+    for row in table.rows:
+        lines += map(_line, _rows(table, row, records.get(row.key)))
+    lines.append("")
+    for row in table.rows:
+        lines += _origin(row, records.get(row.key))
+    return "\n".join([*lines, ""])
+
+
+def _rows(table: Table, row: Row, record: dict[str, Any] | None) -> Iterator[list[str]]:
+    """The row, and a line for each of its controls."""
+    reason = row.measure if isinstance(row.measure, str) else "not measured: not run yet"
+    if record is None or "reason" in record:
+        reason = record["reason"] if record else reason
+        yield [row.method, *(text for c in table.columns for text in (_published(c, row), _short(reason)))]
+        return
+    figures = record["figures"]
+    yield [row.method, *(t for c in table.columns for t in (_published(c, row), f"**{_measured(c, figures)}**"))]
+    for control, cells in record["controls"].items():
+        yield [f"- {control}", *(text for c in table.columns for text in ("", _measured(c, cells)))]
+
+
+def _short(reason: str) -> str:
+    """The first words; the whole reason stands below the table."""
+    return reason.partition(":")[0]
+
+
+def _published(column: Column, row: Row) -> str:
+    figure = row.published.get(column.key)
+    return cell(column, figure) if figure else ""
+
+
+def _measured(column: Column, cells: dict[str, Any]) -> str:
+    return cell(column, Figure(*cells[column.key])) if column.key in cells else "-"
+
+
+def cell(column: Column, figure: Figure) -> str:
+    """A value with its spread, as percent where the column says so."""
+    scale, digits = (100, 2) if column.percent else (1, 4)
+    text = f"{scale * figure.value:.{digits}f}"
+    return text if figure.spread is None else f"{text} ± {scale * figure.spread:.{digits}f}"
+
+
+def _origin(row: Row, record: dict[str, Any] | None) -> Iterator[str]:
+    """One item: what the published figure is of, and how, where and when ours was measured, or why not."""
+    source = f" Published: {row.source}." if row.source else ""
+    if record is None or "reason" in record:
+        reason = record["reason"] if record else row.measure if isinstance(row.measure, str) else ""
+        yield f"- **{row.method}**: {reason or 'not measured: not run yet'}.{source}"
+        return
+    spreads = {f"{of}" for _, _, of in record["figures"].values() if of}
+    parts = [
+        record["scale"],
+        *(f"± over {of}" for of in sorted(spreads)),
+        *(f"{key}: {_value(value)}" for key, value in record["choices"].items()),
+        _duration(record["seconds"]),
+        record["hardware"],
+        f"commit {record['commit']}" if record["commit"] else "no commit",
+        record["date"],
+    ]
+    yield f"- **{row.method}**: {'; '.join(parts)}.{source} `{record['command']}`"
+
+
+def _value(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.1f} s"
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -1,0 +1,212 @@
+"""What a table of the literature is made of: columns, rows with published figures, and how a row is measured here."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from dcgan import config, stages
+from dcgan.config import DataSet, Evaluate, Experiment
+from dcgan.data.store import Store
+from dcgan.evaluate.samples import Labelled
+from dcgan.run import Run
+
+
+class Figure(NamedTuple):
+    """A value of one cell and its spread: `spread` is None where there is one measurement; `of` says what spreads."""
+
+    value: float
+    spread: float | None = None
+    of: str = ""
+
+
+@dataclass(frozen=True)
+class Column:
+    """One metric. title: with its unit. percent: values are shares, shown times 100. better: its direction."""
+
+    key: str
+    title: str
+    percent: bool = False
+    better: Literal["higher", "lower"] = "higher"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one row gave with one seed.
+
+    figures: column to value. controls: control to the same. choices: what was chosen, and by which rule, in words or
+    numbers. scale: how large the run was, in words. runs: names of the training runs that it used.
+    """
+
+    figures: dict[str, Figure]
+    scale: str
+    controls: dict[str, dict[str, Figure]] = field(default_factory=dict)
+    choices: dict[str, Any] = field(default_factory=dict)
+    runs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a row is measured with: the user's overrides, a seed, and a place for work of its own."""
+
+    overrides: tuple[str, ...]
+    seed: int
+    directory: Path
+
+    def experiment(self, preset: DataSet, *words: str) -> Experiment:
+        """The preset's experiment with the row's words, then the user's, then the seed.
+
+        An override may be for one preset: `cifar10/data.source=DIRECTORY`.
+        """
+        own = [word for word in map(_Override.read, self.overrides) if word.preset in ("", preset)]
+        seeds = (f"train.seed={self.seed}", f"evaluate.seed={self.seed}")
+        return config.build(preset, [*words, *seeds, *(f"{o.key}={o.value}" for o in own)])
+
+    def images(self, preset: DataSet) -> tuple[Store, Evaluate]:
+        """The preset's images, ingested if they were not, and its settings of evaluation."""
+        experiment = self.experiment(preset)
+        return stages.images(experiment, experiment.data), experiment.evaluate
+
+    def trained(self, preset: DataSet, *words: str) -> Run:
+        """A run of the preset, trained to its end and with feature banks."""
+        run = stages.ingest(self.experiment(preset, *words))
+        stages.train(run)
+        stages.extract(run)
+        return run
+
+
+class _Override(NamedTuple):
+    preset: str
+    key: str
+    value: str
+
+    @classmethod
+    def read(cls, word: str) -> "_Override":
+        key, equals, value = word.partition("=")
+        preset, slash, rest = key.partition("/")
+        if not equals:
+            raise ValueError(f"override {word!r} is not of the form section.key=value")
+        if slash and preset not in config.PRESETS:
+            raise ValueError(f"override {word!r}: {preset!r} is no preset{config.meant(preset, config.PRESETS)}")
+        return cls(preset, rest, value) if slash else cls("", key, value)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method of a table.
+
+    published: column to figure. source: whose. measure: how it is measured here, or why it is not. claim: which of two
+    lines of one method is the published protocol, and what differs from it.
+    """
+
+    key: str
+    method: str
+    published: dict[str, Figure]
+    source: str
+    measure: Callable[[Setting], Measured] | str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """title: what the table is. columns and rows: in the order shown. note: what holds for every row."""
+
+    title: str
+    columns: tuple[Column, ...]
+    rows: tuple[Row, ...]
+    note: str = ""
+
+
+def home(overrides: Sequence[str]) -> Path:
+    """Where everything is written: the last `data.home` of the overrides, or the default."""
+    read = map(_Override.read, overrides)
+    given = [override.value for override in read if override.key == "data.home" and not override.preset]
+    return Path(given[-1]).expanduser().absolute() if given else config.default_home()
+
+
+QUOTED = "not measured: another model, whose figure is quoted"
+LATEST = "the newest checkpoint"
+BEST = "the checkpoint of lowest sliced Wasserstein distance between generated and training images"
+
+
+def check(overrides: Sequence[str]) -> None:
+    """Raise ValueError for an override that no experiment would take, before any work."""
+    known = config.keys()
+    for word in overrides:
+        if (key := _Override.read(word).key) not in known:
+            raise ValueError(f"unknown key {key!r}{config.meant(key, known)}")
+
+
+def features(run: Run, protocol: config.Protocol, names: dict[str, str]) -> Measured:
+    """A protocol's scores of a trained run and of its controls; names: column to metric."""
+    scores = stages.evaluate(run, protocol)
+    settings = run.experiment.evaluate
+    draws = f"{settings.draws} draws" if protocol == "svm_few_labels" else ""
+    cells = {
+        source: {column: Figure(values[metric], values.get(f"{metric}_std"), draws) for column, metric in names.items()}
+        for source, values in scores.items()
+    }
+    chosen = {
+        f"{source} {name.rpartition('/')[2]}": value
+        for source, values in scores.items()
+        for name, value in values.items()
+        if name not in names.values() and name.rpartition("/")[2] in ("c", "neighbours")
+    }
+    return Measured(
+        cells.pop("discriminator"),
+        scale(run),
+        {source.replace("_", " "): figures for source, figures in cells.items()},
+        {**chosen, "checkpoint": checkpoint_rule(run)},
+        (run.name,),
+    )
+
+
+def merged(*parts: Measured) -> Measured:
+    """One row out of several protocols of the same run."""
+    controls: dict[str, dict[str, Figure]] = {}
+    for part in parts:
+        for control, figures in part.controls.items():
+            controls[control] = {**controls.get(control, {}), **figures}
+    return Measured(
+        {column: figure for part in parts for column, figure in part.figures.items()},
+        "; ".join(dict.fromkeys(part.scale for part in parts)),
+        controls,
+        {key: value for part in parts for key, value in part.choices.items()},
+        tuple(dict.fromkeys(name for part in parts for name in part.runs)),
+    )
+
+
+def checkpoint_rule(run: Run) -> str:
+    """Which checkpoint was scored and why: no label and no test image decides it."""
+    from dcgan import checkpoint
+
+    step = int(checkpoint.chosen(run).name)
+    rule = BEST if run.experiment.evaluate.checkpoint == "best" else LATEST
+    return f"step {step:,}, {rule}"
+
+
+def scale(run: Run) -> str:
+    """How much was trained on what, and how many labels were used."""
+    train, evaluate = run.experiment.train, run.experiment.evaluate
+    store = run.store()
+    images = store.count(*store.training)
+    epochs = train.steps * train.batch_size / images
+    labels = f"; {evaluate.labels:,} labels" if evaluate.labels else ""
+    return f"trained {train.steps:,} steps of {train.batch_size} ({epochs:.1f} epochs of {images:,} images){labels}"
+
+
+def arrays(store: Store) -> tuple[Labelled, Labelled | None, Labelled]:
+    """Train, validation (None where the data set has none) and test: images uint8 (N, C, H, W), labels int64 (N,)."""
+    held = _split(store, "validation") if "validation" in store.splits else None
+    return _split(store, "train"), held, _split(store, "test")
+
+
+def _split(store: Store, split: str) -> Labelled:
+    return store.images(split), store.labels(split)
+
+
+def pixels(images: np.ndarray) -> np.ndarray:
+    """uint8 (N, C, H, W) as float32 (N, C * H * W) in [0, 1]."""
+    return images.reshape(len(images), -1).astype(np.float32) / 255

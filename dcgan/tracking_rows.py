@@ -1,0 +1,31 @@
+"""A measured row of a reproduced table as an MLflow run: one experiment a table, so that its rows can be compared."""
+
+from pathlib import Path
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, RunTag
+
+from dcgan import tracking, tracking_run
+
+
+def log(home: Path, experiment: str, name: str, metrics: dict[str, float], params: dict[str, Any], text: str) -> str:
+    """Create the finished run of a row; its id. metrics: `measured/<column>`, `published/<column>` and the like.
+
+    text: the run's description, Markdown. Raises TrackingError if MLflow can't be reached or refuses.
+    """
+    address = tracking.without_password(tracking.uri(home))
+    with tracking_run.failures(address):
+        client: MlflowClient = tracking_run.connect(home)
+        now = tracking.milliseconds()
+        tags = {"mlflow.source.name": "dcgan", "mlflow.source.type": "LOCAL", "mlflow.note.content": text}
+        run = client.create_run(tracking_run.experiment(client, home, experiment), now, run_name=name)
+        client.log_batch(
+            run.info.run_id,
+            [Metric(key, value, now, 0) for key, value in metrics.items()],
+            [Param(key, str(value)) for key, value in params.items()],
+            [RunTag(key, value) for key, value in tags.items()],
+            synchronous=True,
+        )
+        client.set_terminated(run.info.run_id, "FINISHED")
+    return run.info.run_id

@@ -1,0 +1,58 @@
+"""The flow `reproduce`: the rows of one table of the literature, one after the other, measured beside published."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import prefect.runtime.flow_run
+from prefect import flow, get_run_logger
+from prefect.artifacts import create_markdown_artifact
+
+from dcgan.reproduce import TABLES, measure, page, record
+from dcgan.reproduce.rows import check, home
+from flows import tasks
+
+TableName = Literal["cifar10", "svhn", "clustering", "mnist", "image_quality"]
+
+
+def _name() -> str:
+    """The flow run's name: the words that would start it on the command line."""
+    given = prefect.runtime.flow_run.parameters
+    return " ".join([given["table"], *given["rows"], *given["overrides"]])
+
+
+@flow(name="reproduce", flow_run_name=_name)
+def reproduce(
+    table: TableName,
+    rows: Sequence[str] = (),
+    overrides: Sequence[str] = (),
+    seeds: int = 1,
+    results: str | None = None,
+) -> dict[str, Any]:
+    """Measure the rows of a table of the literature and write them beside what was published.
+
+    Args:
+        table: The table.
+        rows: Its rows to measure; none: all.
+        overrides: Settings to change, each section.key=value, or for one data set: cifar10/data.source=DIRECTORY.
+        seeds: How many seeds each row is measured with, for mean and spread.
+        results: The directory of results.md; the home if not given.
+
+    Returns:
+        page (its path) and rows ({row: record}). A row that could not be measured says why and fails nothing.
+    """
+    wanted = [row.key for row in measure.choose(table, rows)]  # refused before anything starts
+    check(overrides)
+    logging.getLogger("dcgan").setLevel(logging.INFO)
+    found = {row: tasks.measure_row(table, row, overrides, seeds) for row in wanted}
+    directory = Path(results) if results else home(overrides)
+    record.keep(directory, table, found)
+    for row, content in found.items():
+        get_run_logger().info("%s: %s", row, record.words(TABLES[table], content))
+    create_markdown_artifact(
+        page.tables({table: TABLES[table]}, {table: record.read(directory, table)}),
+        key=f"reproduce-{table.replace('_', '-')}",
+        description=TABLES[table].title,
+    )
+    return {"page": str(record.write_page(directory)), "rows": found}
