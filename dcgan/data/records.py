@@ -5,15 +5,21 @@
 
 import hashlib
 import itertools
+import math
+import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
+T = TypeVar("T")
+
 LARGEST = 2**28  # bytes of one image file inside an archive, unpacked: the largest of ImageNet has 15 MB
+PACKED = 256  # names in a block of a tree: more do not pack tighter, and a part of one shard unpacks a block for it
+PREFIX = 8  # bytes of a SHA-256 that tell whether a file has changed
 
 
 class Item(NamedTuple):
@@ -135,37 +141,80 @@ def _inflate(raw: bytes, entry: Entry) -> bytes:
     return content
 
 
+class Block(NamedTuple):
+    """Up to PACKED files: their names, as `pack` gives them, and the first PREFIX bytes of the SHA-256 of each."""
+
+    names: bytes
+    hashes: bytes
+
+    def files(self) -> Iterator[tuple[str, bytes]]:
+        hashes = (self.hashes[i : i + PREFIX] for i in range(0, len(self.hashes), PREFIX))
+        return zip(unpack(self.names), hashes, strict=True)
+
+
+def pack(names: Iterable[str]) -> bytes:
+    """Names of files, one at least, in a few bytes each where they resemble one another."""
+    return zlib.compress(b"\0".join(map(os.fsencode, names)))
+
+
+def unpack(names: bytes) -> list[str]:
+    return [os.fsdecode(name) for name in zlib.decompress(names).split(b"\0")]
+
+
 @dataclass(frozen=True)
 class Tree:
-    """Whole image files below a directory, each known by its hash: 150 bytes of memory an image.
+    """Whole image files below a directory, each known by its hash: a dozen bytes of memory an image.
 
-    names: relative to `root`, with slashes. labels: int64 (N,). hashes: SHA-256 of each file, uint8 (N, 32).
+    numbers: the label of the images below each directory of `root`; -1 elsewhere. The images are those of `blocks`, of
+    PACKED files each but for the last, from `start` up to `stop`. Names are relative to `root`, with slashes.
     """
 
     root: Path
-    names: Sequence[str]
-    labels: np.ndarray
-    hashes: np.ndarray
+    numbers: Mapping[str, int]
+    blocks: Sequence[Block]
+    start: int
+    stop: int
     exif: bool = True
     encoded: bool = True
 
+    @classmethod
+    def of(cls, root: Path, numbers: Mapping[str, int], blocks: Sequence[Block]) -> "Tree":
+        """All images of the blocks."""
+        return cls(root, numbers, blocks, 0, sum(len(block.hashes) for block in blocks) // PREFIX)
+
     def __len__(self) -> int:
-        return len(self.names)
+        return self.stop - self.start
 
     def part(self, start: int, stop: int) -> "Tree":
-        some = slice(start, stop)
-        return replace(self, names=self.names[some], labels=self.labels[some], hashes=self.hashes[some])
+        start, stop = self.start + start, self.start + stop
+        first = start // PACKED
+        blocks, before = self.blocks[first : math.ceil(stop / PACKED)], first * PACKED
+        return replace(self, blocks=blocks, start=start - before, stop=stop - before)
 
-    def where(self, chosen: np.ndarray) -> "Tree":
-        """Those for which bool (N,) `chosen` is true."""
-        names = list(itertools.compress(self.names, chosen))
-        return replace(self, names=names, labels=self.labels[chosen], hashes=self.hashes[chosen])
+    def where(self, chosen: Callable[[bytes], bool]) -> "Tree":
+        """Those of which the first bytes of the hash are chosen."""
+        files = (file for file in self._files() if chosen(file[1]))
+        blocks = [
+            Block(pack(name for name, _ in some), b"".join(sha256 for _, sha256 in some))
+            for some in batched(files, PACKED)
+        ]
+        return Tree.of(self.root, self.numbers, blocks)
+
+    def _files(self) -> Iterator[tuple[str, bytes]]:
+        files = itertools.chain.from_iterable(block.files() for block in self.blocks)
+        return itertools.islice(files, self.start, self.stop)
 
     def __iter__(self) -> Iterator[Item]:
-        for name, label, sha256 in zip(self.names, self.labels.tolist(), self.hashes, strict=True):
+        for name, sha256 in self._files():
             where = f"{self.root}/{name}"
             with open(where, "rb", buffering=0) as file:
                 raw = file.read()
-            if hashlib.sha256(raw).digest() != sha256.tobytes():
+            if not hashlib.sha256(raw).digest().startswith(sha256):
                 raise ValueError(f"{where} changed while it was being read")
-            yield Item(name, raw, label, where)
+            yield Item(name, raw, self.numbers.get(name.partition("/")[0], -1), where)
+
+
+def batched(items: Iterable[T], count: int) -> Iterator[tuple[T, ...]]:
+    """`count` items at a time, and what is left at the end; itertools has it from Python 3.12 on."""
+    rest = iter(items)
+    return iter(lambda: tuple(itertools.islice(rest, count)), ())

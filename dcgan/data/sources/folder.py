@@ -12,14 +12,14 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial as bind
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from dcgan.config import Data
 from dcgan.data.decode import TRANSFORM
-from dcgan.data.records import Tree
+from dcgan.data.records import PACKED, PREFIX, Block, Tree, batched, pack, unpack
 from dcgan.data.sources import archives
 from dcgan.data.sources.base import Opened, held_out, require_both
 from dcgan.data.store import Description, SourceFile
@@ -27,15 +27,15 @@ from dcgan.data.store import Description, SourceFile
 log = logging.getLogger(__name__)
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
-BLOCK = 256  # files that a thread hashes before it hands them over
+DIGEST = 32  # bytes of a SHA-256
 
 
 def signature(data: Data) -> Any:
     """A hash of every image's name, length and time of change; see `base.Source`."""
     root = _root(data)
     seen = hashlib.sha256()
-    for name in _names(root):
-        status = (root / name).stat()
+    for name in chain.from_iterable(map(unpack, _names(root))):
+        status = os.stat(f"{root}/{name}")
         seen.update(os.fsencode(name) + f"\0{status.st_size} {status.st_mtime_ns}\n".encode())
     return seen.hexdigest()
 
@@ -48,16 +48,16 @@ def read(data: Data, downloads: Path) -> Opened:
     root = _root(data)
     names = _names(root)
     classes = _classes(root, names)
-    number = {top: number for number, top in enumerate(classes)}
-    labels = np.array([number.get(_top(name), -1) for name in names], np.int64)
-    hashes = np.frombuffer(b"".join(_hashes(root, names)), np.uint8).reshape(-1, 32)
-    files = Tree(root, names, labels, hashes)
-    test = np.array([held_out(sha256.tobytes(), data.test_fraction) for sha256 in hashes])
-    require_both(str(root), int((~test).sum()), int(test.sum()), data.test_fraction)
+    hashes, whole = _hashes(root, names)
+    blocks = [Block(*block) for block in zip(names, hashes, strict=True)]
+    files = Tree.of(root, {top: number for number, top in enumerate(classes)}, blocks)
+    test = files.where(lambda sha256: held_out(sha256, data.test_fraction))
+    train = files.where(lambda sha256: not held_out(sha256, data.test_fraction))
+    require_both(str(root), len(train), len(test), data.test_fraction)
     return Opened(
         Description(data.name, classes, data.size, 3, f"EXIF orientation applied; RGB; {TRANSFORM}"),
-        {"train": files.where(~test), "test": files.where(test)},
-        (_whole(files),),
+        {"train": train, "test": test},
+        (whole,),
     )
 
 
@@ -65,62 +65,82 @@ def _root(data: Data) -> Path:
     return archives.tree(data, "folder")
 
 
-def _names(root: Path) -> list[str]:
-    """The images' paths relative to the tree, sorted, so that the order does not depend on the file system."""
-    found, passed = [], Counter[str]()
-    pending = [""]
-    while pending:
-        with os.scandir(root / (at := pending.pop())) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    passed["hidden"] += 1
-                elif entry.is_symlink():
-                    passed["symbolic links"] += 1
-                elif entry.is_dir():
-                    pending.append(f"{at}{entry.name}/")
-                elif entry.is_file() and os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
-                    found.append(f"{at}{entry.name}")
-                else:
-                    passed["not images"] += 1
+def _names(root: Path) -> list[bytes]:
+    """The images' paths relative to the tree, PACKED at a time, in the order of `_walk`."""
+    passed = Counter[str]()
+    names = [pack(some) for some in batched(_walk(root, passed), PACKED)]
     others = ", ".join(f"{number} {kind}" for kind, number in sorted(passed.items()))
-    if not found:
+    if not names:
         raise ValueError(
             f"{root} has no images ({others or 'it is empty'}); they end in {', '.join(sorted(EXTENSIONS))}"
         )
     if passed:
-        log.info("%s: %d images; passed over: %s", root, len(found), others)
-    return sorted(found)
+        log.info("%s: %d images; passed over: %s", root, sum(len(unpack(some)) for some in names), others)
+    return names
 
 
-def _top(name: str) -> str:
-    return name.partition("/")[0] if "/" in name else ""
+def _walk(root: Path, passed: Counter[str]) -> Iterator[str]:
+    """The paths in sorted order, with no more than the entries of the directories down to one in memory."""
+    pending = [""]
+    while pending:
+        if (at := pending.pop()) and not at.endswith("/"):
+            yield at
+        else:
+            # With its slash a directory's name sorts as the paths below it do.
+            pending += sorted((f"{at}{name}" for name in _entries(root / at, passed)), reverse=True)
 
 
-def _classes(root: Path, names: Sequence[str]) -> tuple[str, ...]:
-    tops = sorted({_top(name) for name in names})
-    if tops == [""]:
-        return ()
-    if tops[0] == "":
-        stray = next(name for name in names if not _top(name))
-        raise ValueError(f"{root / stray} lies beside class directories ({tops[1]}, ...): move it into one or away")
-    return tuple(tops)
+def _entries(directory: Path, passed: Counter[str]) -> Iterator[str]:
+    """The names of its images, and of its directories with a slash; `passed` counts what is neither."""
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                passed["hidden"] += 1
+            elif entry.is_symlink():
+                passed["symbolic links"] += 1
+            elif entry.is_dir():
+                yield f"{entry.name}/"
+            elif entry.is_file() and os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
+                yield entry.name
+            else:
+                passed["not images"] += 1
 
 
-def _hashes(root: Path, names: Sequence[str]) -> Iterator[bytes]:
-    """The SHA-256 of each file, in order, by threads; neither reading nor hashing holds the interpreter's lock."""
-    blocks = [names[start : start + BLOCK] for start in range(0, len(names), BLOCK)]
+def _classes(root: Path, names: Sequence[bytes]) -> tuple[str, ...]:
+    first: dict[str, str] = {}
+    for name in chain.from_iterable(map(unpack, names)):
+        top, below, _ = name.partition("/")
+        first.setdefault(top if below else "", name)
+    classes = tuple(sorted(first.keys() - {""}))
+    if classes and "" in first:
+        raise ValueError(
+            f"{root / first['']} lies beside class directories ({classes[0]}, ...): move it into one or away"
+        )
+    return classes
+
+
+def _hashes(root: Path, names: Sequence[bytes]) -> tuple[list[bytes], SourceFile]:
+    """The hashes of a `Block` for each block of names, and the tree as one file: all names and SHA-256.
+
+    By threads: neither reading nor hashing holds the interpreter's lock.
+    """
+    hashes, whole, size = [], hashlib.sha256(), 0
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for hashes in pool.map(lambda block: [hashlib.sha256(_bytes(root, name)).digest() for name in block], blocks):
-            yield from hashes
+        for some, (found, length) in zip(names, pool.map(bind(_hash_block, root), names), strict=True):
+            each = [found[i : i + DIGEST] for i in range(0, len(found), DIGEST)]
+            for name, sha256 in zip(unpack(some), each, strict=True):
+                whole.update(os.fsencode(name) + b"\0" + sha256)
+            hashes.append(b"".join(sha256[:PREFIX] for sha256 in each))
+            size += length
+    return hashes, SourceFile("tree", size, whole.hexdigest())
 
 
-def _bytes(root: Path, name: str) -> bytes:
-    with open(root / name, "rb") as file:
-        return file.read()
-
-
-def _whole(files: Tree) -> SourceFile:
-    whole = hashlib.sha256()
-    for name, sha256 in zip(files.names, files.hashes, strict=True):
-        whole.update(os.fsencode(name) + b"\0" + sha256.tobytes())
-    return SourceFile("tree", sum((files.root / name).stat().st_size for name in files.names), whole.hexdigest())
+def _hash_block(root: Path, names: bytes) -> tuple[bytes, int]:
+    """The SHA-256 of each file, one after the other, and the bytes that they have together."""
+    digests, size = bytearray(), 0
+    for name in unpack(names):
+        with open(f"{root}/{name}", "rb", buffering=0) as file:
+            raw = file.read()
+        digests += hashlib.sha256(raw).digest()
+        size += len(raw)
+    return bytes(digests), size

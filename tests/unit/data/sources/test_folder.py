@@ -3,17 +3,22 @@
 import logging
 import os
 import struct
+import tempfile
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 from fabricated import decoded
+from hypothesis import given as examples
+from hypothesis import strategies as st
 from PIL import Image
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from dcgan.config import Data
+from dcgan.data import records
 from dcgan.data.ingest import ingest
 from dcgan.data.sources import folder
 from dcgan.data.sources.base import Opened
@@ -88,6 +93,19 @@ def test_the_order_is_that_of_the_names(tmp_path: Path) -> None:
     for images in decoded(folder.read(given(tmp_path), tmp_path)).values():
         values = [int(image[0, 0, 0]) for image, _label in images]
         assert values == sorted(values)
+
+
+PARTS = st.text("-.a0", max_size=2).map("_{}".format)  # what sorts before a slash, and what sorts after it
+
+
+@examples(st.sets(st.lists(PARTS, min_size=1, max_size=3).map("/".join)))
+def test_the_order_is_that_of_the_names_whatever_they_are(names: set[str]) -> None:
+    with tempfile.TemporaryDirectory() as root:
+        for name in names:
+            path = Path(root, f"{name}.png")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        assert list(folder._walk(Path(root), Counter())) == sorted(f"{name}.png" for name in names)
 
 
 def test_one_class_is_enough(tmp_path: Path) -> None:
@@ -229,7 +247,8 @@ def test_the_number_of_threads_and_blocks_changes_nothing(
     stores = []
     for number, (threads, block) in enumerate([(1, 512), (7, 512), (3, 4)]):
         monkeypatch.setattr(os, "cpu_count", lambda threads=threads: threads)
-        monkeypatch.setattr(folder, "BLOCK", block)
+        monkeypatch.setattr(folder, "PACKED", block)
+        monkeypatch.setattr(records, "PACKED", block)
         stores.append(ingest(given(tree), tmp_path / f"home{number}"))
     assert len(set(stores)) == 1
 
