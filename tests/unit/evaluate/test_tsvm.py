@@ -319,12 +319,13 @@ def test_easy_classes_score_one_and_random_labels_score_chance():
 def test_only_drawn_labels_are_learned_from_and_only_images_of_train(monkeypatch, given):
     seen = []
     real = TSVM.fit
-    monkeypatch.setattr(TSVM, "fit", lambda self, x, y: seen.append((len(x), y)) or real(self, x, y))
+    monkeypatch.setattr(TSVM, "fit", lambda self, x, y: seen.append((len(x), y, self)) or real(self, x, y))
     train_x, train_y, test_x, test_y = split()
     validation = (train_x[:50] + 1, train_y[:50]) if given else None
-    score(train_x, train_y, test_x, test_y, **SETTINGS, validation=validation)
+    found = score(train_x, train_y, test_x, test_y, **SETTINGS, validation=validation)
     assert len(seen) == 2  # the first draw was fitted where C was chosen
-    for size, y in seen:
+    for size, y, model in seen:
+        assert (model.C, model.unlabelled) == (found["tsvm/c"], found["tsvm/unlabelled"])
         assert size == len(y) == (200 if given else 161)  # a fifth of 67, 67 and 66 held out
         assert [(y == label).sum() for label in range(3)] == [4, 4, 4]
         assert (y == -1).sum() == size - 12
@@ -344,8 +345,8 @@ def test_test_labels_decide_no_choice():
 
 
 def test_the_choice_is_the_best_on_validation_and_the_score_that_of_its_draws():
-    train_x, train_y, test_x, test_y = split(spread=2.0)
-    held_x, held_y = test_x[::-1].copy(), test_y[::-1].copy()
+    train_x, train_y, test_x, test_y = split(spread=3.0)
+    held_x, held_y = train_x[:60] * np.float32(1.1), train_y[:60]
     found = score(train_x, train_y, test_x, test_y, **SETTINGS, validation=(held_x, held_y))
     train = Samples.standardised(train_x)
     drawn = [tsvm._partly(train_y, tsvm.draw(train_y, 4, (0, i))) for i in range(3)]
