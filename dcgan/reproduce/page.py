@@ -15,7 +15,7 @@ def replace(text: str, tables: str) -> str:
     before, begin, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     if not begin:
-        before = f"{text.rstrip()}\n\n".lstrip("\n") if text else "# Results\n\n"
+        before = f"{text.rstrip()}\n\n" if text.strip() else "# Results\n\n"
         after = "\n"
     return f"{before}{BEGIN}\n\n{tables}\n{END}{after}"
 
@@ -26,7 +26,10 @@ def tables(known: Mapping[str, Table], records: Mapping[str, Records]) -> str:
 
 
 def _table(name: str, table: Table, records: Records) -> str:
-    header = ["method", *(f"{c.title}: {which}" for c in table.columns for which in ("published", "measured"))]
+    header = ["method"]
+    for column in table.columns:
+        header += [f"{column.title}: published"] if _is_published(table, column) else []
+        header.append(f"{column.title}: measured")
     lines = [f"## {table.title}", "", f"    dcgan reproduce {name}", ""]
     lines += [table.note, ""] if table.note else []
     lines += [_line(header), _line(["---"] * len(header))]
@@ -43,22 +46,26 @@ def _rows(table: Table, row: Row, record: dict[str, Any] | None) -> Iterator[lis
     reason = row.measure if isinstance(row.measure, str) else "not measured: not run yet"
     if record is None or "reason" in record:
         reason = record["reason"] if record else reason
-        yield [row.method, *(text for c in table.columns for text in (_published(c, row), _short(reason)))]
+        yield _cells(table, row.method, row.published, {c.key: reason.partition(":")[0] for c in table.columns})
         return
-    figures = record["figures"]
-    yield [row.method, *(t for c in table.columns for t in (_published(c, row), f"**{_measured(c, figures)}**"))]
+    measured = {c.key: f"**{_measured(c, record['figures'])}**" for c in table.columns}
+    yield _cells(table, row.method, row.published, measured)
     for control, cells in record["controls"].items():
-        yield [f"- {control}", *(text for c in table.columns for text in ("", _measured(c, cells)))]
+        yield _cells(table, f"- {control}", {}, {c.key: _measured(c, cells) for c in table.columns})
 
 
-def _short(reason: str) -> str:
-    """The first words; the whole reason stands below the table."""
-    return reason.partition(":")[0]
+def _cells(table: Table, method: str, published: dict[str, Figure], measured: dict[str, str]) -> list[str]:
+    """A line of the table: no column for published figures where no row has one."""
+    cells = [method]
+    for column in table.columns:
+        if _is_published(table, column):
+            cells.append(cell(column, published[column.key]) if column.key in published else "")
+        cells.append(measured[column.key])
+    return cells
 
 
-def _published(column: Column, row: Row) -> str:
-    figure = row.published.get(column.key)
-    return cell(column, figure) if figure else ""
+def _is_published(table: Table, column: Column) -> bool:
+    return any(column.key in row.published for row in table.rows)
 
 
 def _measured(column: Column, cells: dict[str, Any]) -> str:

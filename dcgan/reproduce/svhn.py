@@ -162,6 +162,6 @@ TABLE = Table(
         Row("tsvm_features", "TSVM, DCGAN features", {}, "", partial(_on_features, "tsvm", _tsvm)),
     ),
     "All choices are made on the 10,000 held-out training images. The authors' code later gave 22.18 +- 1.13 (100 "
-    "draws, 1.96 standard deviations) for 22.48. The supervised CNN's 28.87 is a validation error. Our TSVM's solver is "
-    "not that of 2014.",
+    "draws, 1.96 standard deviations) for 22.48. The supervised CNN's 28.87 is a validation error. The TSVM's solver "
+    "is not that of 2014.",
 )

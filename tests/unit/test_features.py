@@ -64,7 +64,8 @@ def test_calibration_is_the_mean_over_batches_of_real_images(trained, monkeypatc
 
 def test_banks_hold_every_image_in_order_and_both_sources(trained):
     store = trained.store()
-    assert {p.name for p in trained.features.iterdir()} == {f"discriminator-4-{trained.scored}", f"random_init-0-{trained.scored}"}
+    banks = {f"{source}-{trained.scored}" for source in ("discriminator-4", "random_init-0")}
+    assert {p.name for p in trained.features.iterdir()} == banks
     extractor = features.load_extractor(trained.path / "export" / "discriminator.safetensors")
     with torch.no_grad():
         expected = extractor(normalise(torch.from_numpy(np.array(store.images("test"))), False)).numpy()

@@ -11,11 +11,13 @@ from prefect.cli.deploy._models import ConcurrencyLimitSpec, DeploymentConfig, P
 from prefect.exceptions import ParameterTypeError
 from pydantic import BaseModel
 
-from dcgan import config
+from dcgan import config, reproduce
 
 ROOT = Path(__file__).parents[2]
 DEFINED = yaml.safe_load((ROOT / "prefect.yaml").read_text())
-DEPLOYMENTS = {deployment["name"]: deployment for deployment in DEFINED["deployments"]}
+TABLES = {d["name"]: d for d in DEFINED["deployments"] if "reproduce" in d["entrypoint"]}
+DEPLOYMENTS = {d["name"]: d for d in DEFINED["deployments"] if "train_eval" in d["entrypoint"]}
+ALL = [*DEPLOYMENTS.values(), *TABLES.values()]
 OURS = {"definitions"}  # YAML anchors; Prefect ignores the key
 
 
@@ -31,7 +33,8 @@ def unknown(given: dict[str, Any], model: type[BaseModel]) -> set[str]:
 
 def test_every_key_is_one_that_prefect_reads() -> None:
     assert unknown(DEFINED, PrefectYamlModel) == OURS
-    for deployment in DEPLOYMENTS.values():
+    assert len(ALL) == len(DEFINED["deployments"])
+    for deployment in ALL:
         assert unknown(deployment, DeploymentConfig) == set()
         assert unknown(deployment["work_pool"], WorkPoolConfig) == set()
         assert unknown(deployment["concurrency_limit"], ConcurrencyLimitSpec) == set()
@@ -85,13 +88,24 @@ def test_flow_refuses_wrong_parameters(wrong: dict[str, Any]) -> None:
         flow.validate_parameters(wrong)
 
 
+@pytest.mark.parametrize("name", reproduce.TABLES)
+def test_a_deployment_a_table_whose_flow_accepts_its_parameters(name: str) -> None:
+    assert list(TABLES) == list(reproduce.TABLES)
+    flow = flow_of(TABLES[name])
+    assert flow.name == "reproduce"
+    assert set(TABLES[name]["parameters"]) == set(flow.parameters.properties)
+    assert flow.validate_parameters(TABLES[name]["parameters"])["table"] == name
+    assert flow.parameters.properties["table"]["enum"] == list(reproduce.TABLES)
+    assert all(field["description"] for field in flow.parameters.properties.values())
+
+
 def test_at_most_one_run_at_a_time_others_wait() -> None:
-    for deployment in DEPLOYMENTS.values():
+    for deployment in ALL:
         assert deployment["concurrency_limit"] == {"limit": 1, "collision_strategy": "ENQUEUE"}
 
 
 def test_heartbeat_is_frequent_enough_for_the_automation() -> None:
     automation = yaml.safe_load((ROOT / "infra" / "zombies.json").read_text())
-    for deployment in DEPLOYMENTS.values():
+    for deployment in ALL:
         seconds = int(deployment["work_pool"]["job_variables"]["env"]["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"])
         assert automation["trigger"]["within"] >= 3 * seconds

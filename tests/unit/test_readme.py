@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from dcgan import cli, config
+from dcgan.reproduce import measure, rows
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -88,14 +89,19 @@ def test_every_dcgan_command_is_accepted() -> None:
         chosen = cli._parser().parse_args(words)
         if "overrides" in chosen:
             config.build(chosen.target, chosen.overrides)
+        if "words" in chosen:
+            measure.choose(chosen.table, [word for word in chosen.words if "=" not in word])
+            rows.check([word for word in chosen.words if "=" in word])
     for name in re.findall(r"`dcgan (\w+)", README):
-        assert name in (*cli.COMMANDS, "sample", "sync", "data"), name
+        assert name in (*cli.COMMANDS, "sample", "sync", "data", "reproduce"), name
 
 
 def test_every_deployment_and_module_exists() -> None:
-    deployments = {d["name"] for d in yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]}
-    named = set(re.findall(r"train-eval/(\w+)", README))
-    assert named
+    deployments = set()
+    for d in yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]:
+        deployments.add(f"{Path(d['entrypoint'].partition(':')[0]).stem.replace('_', '-')}/{d['name']}")
+    named = set(re.findall(r"deployment run ([\w-]+/\w+)", README))
+    assert {name.partition("/")[0] for name in named} == {"train-eval", "reproduce"}
     assert named <= deployments
     for module in re.findall(r"-m ([\w.]+)", README):
         assert (ROOT / module.replace(".", "/")).with_suffix(".py").exists()
