@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,9 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import ray_nodes
 
 from dcgan import cluster
 from dcgan.config import Compute
+from dcgan.run import Run
 
 pytestmark = pytest.mark.slow
 
@@ -114,6 +117,44 @@ def test_what_ray_lacks_is_refused_before_anything_waits_for_it(ray_home: Path, 
 )
 def test_share_is_the_most_that_fits_within_nodes(nodes: list[int], workers: int, cpus: int) -> None:
     assert cluster._share(nodes, workers) == cpus
+
+
+def test_two_workers_on_two_nodes_train_what_they_train_on_one(home: Path, tmp_path: Path) -> None:
+    short = ["train.steps=4", "train.log_every=1", "train.checkpoint_every=4", "model.width=4", "compute.workers=2"]
+    script = f"""
+        import os, sys
+        from pathlib import Path
+        from dcgan import cluster, config, stages
+
+        def work(run):
+            import ray
+            Path(run, "node-" + os.environ["RANK"]).write_text(ray.get_runtime_context().get_node_id())
+            stages.train_here(run)
+
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])  # a processor each, as the nodes have
+        experiment = config.build("digits", {short!r} + ["data.home=" + sys.argv[1]])
+        run = stages.ingest(experiment)
+        cluster.launch(work, (str(run.path),), experiment.compute, run.home, run.name)
+    """
+
+    def trained(home: Path) -> tuple[set[str], Run]:
+        subprocess.run([sys.executable, "-c", textwrap.dedent(script), str(home)], check=True)
+        (path,) = (home / "runs").iterdir()
+        return {file.read_text() for file in path.glob("node-*")}, Run.open(path)
+
+    shutil.copytree(home, tmp_path / "one")
+    one, expected = trained(tmp_path / "one")
+    with ray_nodes.cluster(tmp_path) as nodes:
+        nodes.add()
+        two, run = trained(home)
+    assert (len(one), len(two)) == (1, 2)
+    timed = {"seconds", "images_per_second"}
+    ours, theirs = (
+        [{name: value for name, value in line.items() if name not in timed} for line in each.metrics()]
+        for each in (run, expected)
+    )
+    assert ours == theirs
+    assert [line["step"] for line in ours] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])

@@ -4,10 +4,13 @@ import functools
 import os
 import signal
 import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import ray_nodes
 from PIL import Image
 
 from dcgan import cluster
@@ -79,3 +82,47 @@ def test_a_job_whose_process_is_killed_is_done_again(tmp_path: Path) -> None:
         if len(done) == 3:
             os.kill(result[1], signal.SIGKILL)
     assert sorted(job for job, _ in done) == list(range(16))
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ray_nodes.Nodes]:
+    with ray_nodes.cluster(tmp_path_factory.mktemp("nodes")) as nodes:
+        yield nodes
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_two_nodes_make_the_same_store_and_one_may_be_lost(
+    nodes: ray_nodes.Nodes, tree: Path, tmp_path: Path, lost: bool
+) -> None:
+    """The second node, one machine of two, is killed while it has shards to make; the first makes them."""
+    other, at, home = nodes.add(), tmp_path / "at", tmp_path / "home"
+
+    def on_both(make: Callable[[shards.Job], dict[str, Any]], job: shards.Job) -> dict[str, Any]:
+        import ray
+
+        (mine := at / ray.get_runtime_context().get_node_id()).mkdir(parents=True, exist_ok=True)
+        deadline = time.monotonic() + 120
+        while len(list(at.iterdir())) < 2:  # the first waits for the other, which would come too late for a share
+            assert time.monotonic() < deadline, "only one node was used"
+            time.sleep(0.05)
+        time.sleep(0.3)  # so that none has made all that it was given when the other is lost
+        record = make(job)
+        (mine / job.path.name).touch()
+        return record
+
+    def maker(make: Callable[[shards.Job], dict[str, Any]], jobs: Sequence[shards.Job]) -> Iterator[dict[str, Any]]:
+        for number, record in enumerate(cluster.scatter(functools.partial(on_both, make), jobs, home)):
+            if lost and number == 1:
+                other.kill()
+            yield record
+
+    fingerprint = ingest.ingest(data(tree), home, maker=maker)
+    other.kill()
+    made = [len(list(node.iterdir())) for node in at.iterdir()]
+    assert len(made) == 2
+    assert min(made) >= 1 if not lost else max(made) >= 5
+    assert fingerprint == ingest.ingest(data(tree), tmp_path / "threads")
+    ours, threads = (tmp_path / name / "stores" / fingerprint for name in ("home", "threads"))
+    assert {path.name: path.read_bytes() for path in ours.iterdir()} == {
+        path.name: path.read_bytes() for path in threads.iterdir()
+    }

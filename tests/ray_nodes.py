@@ -1,0 +1,87 @@
+"""A Ray cluster of several nodes, each of them processes of this machine with an address and one processor of its own.
+
+    with ray_nodes.cluster(tmp_path) as nodes:     # RAY_ADDRESS and a token are set in here, and put back after
+        node = nodes.add()                         # beside the head, which is there from the start
+        node.kill()                                # as a machine is lost: with every process on it
+
+Their output is in the directory given. What is handed to the other node goes through a home that both see.
+"""
+
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from unittest import mock
+
+STARTUP = 180  # seconds; ten on an idle machine
+COMMAND = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=1"]
+OBJECT_STORE = f"--object-store-memory={2**27}"
+
+
+class Node:
+    """A node that runs until it is killed."""
+
+    def __init__(self, log: Path, *arguments: str) -> None:
+        with log.open("w") as output:
+            self.process = subprocess.Popen(
+                [*COMMAND, OBJECT_STORE, *arguments], stdout=output, stderr=output, start_new_session=True
+            )
+        deadline = time.monotonic() + STARTUP
+        while "Ray runtime started" not in log.read_text():
+            if time.monotonic() > deadline or self.process.poll() is not None:
+                self.kill()
+                raise AssertionError(f"the node does not start:\n{log.read_text()[-2000:]}")
+            time.sleep(0.1)
+
+    def kill(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+class Nodes:
+    """The nodes of a cluster; the first is its head."""
+
+    def __init__(self, directory: Path, sockets: str) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.2", 0))
+            self.address = f"127.0.0.2:{free.getsockname()[1]}"
+        self._directory, self.all = directory, list[Node]()
+        port = self.address.partition(":")[2]
+        self._start("--head", f"--port={port}", f"--temp-dir={sockets}", "--include-dashboard=false")
+
+    def add(self) -> Node:
+        return self._start(f"--address={self.address}")
+
+    def _start(self, *arguments: str) -> Node:
+        number = len(self.all)
+        place = f"--node-ip-address=127.0.0.{number + 2}"
+        self.all.append(Node(self._directory / f"node-{number}.log", place, *arguments))
+        return self.all[-1]
+
+
+@contextmanager
+def cluster(directory: Path) -> Iterator[Nodes]:
+    """A cluster of a head alone."""
+    environment = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_gcs_rpc_server_reconnect_timeout_s": "5",  # so that nothing outlives the head for long
+    }
+    # Not in `directory`, whose name may be too long for the Unix sockets below it.
+    with mock.patch.dict(os.environ, environment), tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as sockets:
+        nodes = Nodes(directory, sockets)
+        os.environ["RAY_ADDRESS"] = nodes.address
+        try:
+            yield nodes
+        finally:
+            for node in reversed(nodes.all):
+                node.kill()
