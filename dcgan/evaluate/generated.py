@@ -1,0 +1,96 @@
+"""1-nearest-neighbour error of labelled generated images: whether what is drawn for a class looks like the class.
+
+The MNIST table of Radford et al. (2015): a nearest-neighbour classifier is fitted on generated digits, each with the
+class it was drawn for, and tested on real ones. Too little variety and wrong classes both raise the error.
+"""
+
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dcgan.evaluate.samples import device
+
+QUERIES = 1024  # real images compared at once with
+BLOCK = 1024  # so many generated ones: 4 MiB of distances, which stay in the cache
+MIDDLE = 128  # of a byte: see `_centred`
+
+
+def score(
+    chunks: Iterable[tuple[np.ndarray, np.ndarray]], real_x: np.ndarray, real_y: np.ndarray, sizes: Sequence[int] = ()
+) -> dict[str, float]:
+    """`generated_1nn/error`: the share of real images (0 to 1, lower is better) whose nearest generated one is of
+    another class, and `generated_1nn/error_<n>` with the first n generated ones, for each n of `sizes`.
+
+    chunks: (images uint8 (n, C, H, W), labels int64 (n,)), read once and one at a time: ten million images never exist
+    at once. real_x: uint8 (N, C, H, W). real_y: int64 (N,). Euclidean distance between pixels; of equally near images
+    the first counts. With 50,000 real training images as chunks this is the table's row of real data.
+    Raises ValueError for images of other types or shapes or without labels, or if the chunks lack a class of `real_y`
+    or have fewer images than the largest of `sizes`.
+    """
+    _check("real", real_x, real_y)
+    if len(set(sizes)) < len(sizes) or min(sizes, default=1) < 1:
+        raise ValueError(f"sizes={list(sizes)}: numbers of generated images are at least 1, and each once")
+    nearest = _Nearest(real_x)
+    seen, drawn, found = 0, set[int](), {}
+    for images, labels in chunks:
+        _check("generated", images, labels)
+        if images.shape[1:] != real_x.shape[1:]:
+            raise ValueError(f"generated images are {images.shape[1:]} and real ones {real_x.shape[1:]}")
+        count = len(images)
+        ends = {n - seen for n in sizes if seen < n <= seen + count}
+        for start, stop in pairwise(sorted({*range(0, count, BLOCK), *ends, count})):
+            nearest.add(images[start:stop], labels[start:stop])
+            if stop in ends:
+                found[f"generated_1nn/error_{seen + stop}"] = nearest.error(real_y)
+        seen += count
+        drawn.update(np.unique(labels).tolist())
+    if seen < max(sizes, default=1):
+        raise ValueError(f"{seen} generated images, but the error with {max(sizes, default=1)} is asked for")
+    if missing := set(real_y.tolist()) - drawn:
+        raise ValueError(f"no generated image is of class {', '.join(map(str, sorted(missing)))}, which real ones have")
+    return {"generated_1nn/error": nearest.error(real_y), **found}
+
+
+class _Nearest:
+    """The label of the nearest image so far of each of `queries`, uint8 (N, C, H, W)."""
+
+    def __init__(self, queries: np.ndarray) -> None:
+        self.device = device()
+        self.queries = _centred(queries, self.device)
+        # Half the squared distance, less half the query's own length, which does not change the order.
+        self.distances = torch.full((len(queries),), torch.inf, device=self.device)
+        self.labels = torch.full((len(queries),), -1, device=self.device)
+
+    def add(self, images: np.ndarray, labels: np.ndarray) -> None:
+        """Compare with images uint8 (n, C, H, W) and labels int64 (n,), which come after all before."""
+        known, known_y = _centred(images, self.device), torch.from_numpy(labels).to(self.device)
+        lengths = known.square().sum(1) / 2
+        for first in range(0, len(self.queries), QUERIES):
+            where = slice(first, first + QUERIES)
+            distances, nearest = (lengths - self.queries[where] @ known.T).min(1)
+            nearer = distances < self.distances[where]
+            self.distances[where] = torch.where(nearer, distances, self.distances[where])
+            self.labels[where] = torch.where(nearer, known_y[nearest], self.labels[where])
+
+    def error(self, truth: np.ndarray) -> float:
+        return float((self.labels.cpu().numpy() != truth).mean())
+
+
+def _centred(images: np.ndarray, device: str) -> Tensor:
+    """float32 (n, C * H * W): whole numbers from -128 to 127.
+
+    The sum of up to 1,024 products of two such is at most 2**24, so float32 holds it exactly, in whatever order it is
+    summed: equal images are equally near wherever they stand.
+    """
+    return torch.from_numpy(np.subtract(images.reshape(len(images), -1), MIDDLE, dtype=np.float32)).to(device)
+
+
+def _check(which: str, images: np.ndarray, labels: np.ndarray) -> None:
+    if images.ndim != 4 or images.dtype != np.uint8 or labels.shape != images.shape[:1] or not images.size:
+        shapes = f"{images.dtype} {images.shape} with labels {labels.shape}"
+        raise ValueError(f"{which} images are {shapes}, not uint8 (N, C, H, W) with (N,) and N at least 1")
+    if labels.min() < 0:
+        raise ValueError(f"{which} images have {(labels < 0).sum()} without a label: a neighbour tells its class")

@@ -1,0 +1,41 @@
+"""Labelled images drawn from a conditional generator, as many as wanted: what `evaluate.generated` compares with."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from dcgan.config import Model
+from dcgan.data import batches
+from dcgan.models import Generator
+from dcgan.pictures import to_uint8
+from dcgan.train import draw
+
+CHUNK = 1000  # images drawn at a time
+FIRST = 2**62  # number of the first chunk's z: training never gets there, nor to the sample grid's 2**63
+
+
+def sampled(
+    generator: Generator, model: Model, classes: int, count: int, seed: int, device: torch.device
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """`count` images uint8 (n, C, H, W) and the class each was drawn for, int64 (n,), CHUNK at a time.
+
+    The classes take turns, so the first images are balanced, too. They are the same ones whatever `count` is: a pure
+    function of the weights and `seed`. BatchNorm has its running statistics.
+    Raises ValueError for a generator that takes no labels, or if `count` is below 1.
+    """
+    if not model.conditional:
+        raise ValueError("labelled images need model.conditional=true: this generator takes no labels")
+    if count < 1:
+        raise ValueError(f"count={count}: at least 1 image is drawn")
+    return _chunks(generator.to(device), model, classes, count, seed)
+
+
+def _chunks(
+    generator: Generator, model: Model, classes: int, count: int, seed: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    for number, first in enumerate(range(0, count, CHUNK)):
+        z = torch.from_numpy(batches.noise(model.z, (CHUNK, model.z_dim), seed, FIRST + number))
+        labels = torch.arange(first, first + CHUNK) % classes
+        here = min(CHUNK, count - first)  # the rest is drawn, too: a smaller batch would round otherwise
+        yield to_uint8(draw(generator, z, labels).numpy())[:here], labels.numpy()[:here]

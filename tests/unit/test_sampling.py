@@ -1,0 +1,89 @@
+"""Labelled images from a generator: balanced, the same however many are drawn, and refused where there is no label."""
+
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dcgan import models, sampling, train
+from dcgan.config import Model
+from dcgan.data import batches
+from dcgan.sampling import CHUNK, sampled
+
+MODEL = Model(kernel=4, width=2, z_dim=3, conditional=True, hidden=4, affine=False)
+HERE = torch.device("cpu")
+
+
+def generator(model=MODEL, classes=3):
+    net, _ = models.build(model, 1, classes, 28, seed=0)
+    stream = torch.Generator().manual_seed(0)
+    for _ in range(60):  # so that the running statistics are those of many batches
+        net(torch.randn(8, model.z_dim, generator=stream), torch.arange(8) % classes if model.conditional else None)
+    return net
+
+
+def together(count, seed=0, net=None):
+    parts = list(sampled(net or generator(), MODEL, 3, count, seed, HERE))
+    assert max(len(images) for images, _ in parts) <= CHUNK
+    return tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+
+
+@settings(max_examples=10)
+@given(st.integers(1, 2500))
+def test_every_count_is_the_beginning_of_a_larger_one_and_balanced(count):
+    net = generator()
+    images, labels = together(count, net=net)
+    assert (images.shape, images.dtype, labels.dtype) == ((count, 1, 28, 28), np.uint8, np.int64)
+    assert np.ptp(np.bincount(labels, minlength=3)) <= 1
+    more, more_labels = together(2500, net=net)
+    assert np.array_equal(images, more[:count])
+    assert np.array_equal(labels, more_labels[:count])
+
+
+def test_images_are_the_generators_with_running_statistics():
+    net = generator().eval()
+    images, labels = together(CHUNK + 6, net=net)
+    z = batches.noise("uniform", (CHUNK, 3), 0, 2**62 + 1)[:6]
+    with torch.no_grad():
+        expected = net(torch.from_numpy(z), torch.from_numpy(labels[-6:])).numpy() * 127.5 + 127.5
+    assert np.abs(images[-6:] - expected).max() < 0.51
+
+
+def test_drawing_leaves_the_generator_as_it_was():
+    net = generator()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    together(5, net=net)
+    assert net.training
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_the_seed_decides():
+    net = generator()
+    assert np.array_equal(together(9, net=net)[0], together(9, net=net)[0])
+    assert not np.array_equal(together(9, net=net)[0], together(9, seed=1, net=net)[0])
+
+
+def test_no_z_is_drawn_twice(monkeypatch):
+    """Not in two chunks, and not in the sample grid. A list of numbers beyond 2**63 would be rounded by NumPy."""
+    drawn = []
+    monkeypatch.setattr(sampling, "draw", lambda net, z, labels: drawn.append(z) or torch.zeros(len(z), 1, 1, 1))
+    together(5 * CHUNK)
+    grid, _ = train.fixed_noise(MODEL, 3, 3, seed=0)
+    seen = torch.cat([grid, *drawn])
+    assert len(torch.unique(seen, dim=0)) == len(seen) == 5 * CHUNK + 9
+
+
+def test_ten_million_images_are_drawn_one_chunk_at_a_time():
+    stream = sampled(generator(), MODEL, 3, 10_000_000, 0, HERE)
+    assert [len(images) for images, _ in islice(stream, 2)] == [CHUNK, CHUNK]
+
+
+def test_refusals_come_with_the_call():
+    plain = Model(kernel=4, width=2, z_dim=3)
+    with pytest.raises(ValueError, match=r"need model\.conditional=true: this generator takes no labels"):
+        sampled(generator(plain), plain, 3, 5, 0, HERE)
+    with pytest.raises(ValueError, match="count=0: at least 1 image is drawn"):
+        sampled(generator(), MODEL, 3, 0, 0, HERE)
