@@ -66,35 +66,39 @@ def one(table: str, name: str, overrides: Sequence[str], seeds: int) -> dict[str
     """The record of one row: what was measured, or why nothing was; see `record`."""
     (row,) = choose(table, [name])
     words = shlex.join(["dcgan", "reproduce", table, row.key, *_seeds(seeds), *overrides])
-    where = {**_where(), "command": words}
     try:
         found = [_once(table, row, tuple(overrides), seed) for seed in range(seeds)]
     except (ValueError, OSError, RuntimeError) as error:
         if not config.is_for_users(error):
             raise
         reason = " ".join(str(error).split()).replace(str(home(overrides)), "HOME")
-        return {**where, "reason": f"not measured: {reason}"}
-    where["seconds"] = sum(seconds for _, seconds in found)
-    content = {**where, **dataclasses.asdict(together([measured for measured, _ in found])), "seeds": seeds}
+        return {**_where(), "command": words, "reason": f"not measured: {reason}"}
+    measured = together([record.measured(kept["measured"]) for kept in found])
+    content = {
+        **{key: found[-1][key] for key in ("hardware", "commit", "date")},
+        **dataclasses.asdict(measured),
+        "command": words,
+        "seconds": sum(kept["seconds"] for kept in found),
+        "seeds": seeds,
+    }
     _deliver(table, row, content, home(overrides))
     return content
 
 
-def _once(table: str, row: Row, overrides: tuple[str, ...], seed: int) -> tuple[Measured, float]:
-    """What a row gives with one seed, and the seconds it took; kept, and not measured again."""
+def _once(table: str, row: Row, overrides: tuple[str, ...], seed: int) -> dict[str, Any]:
+    """What a row gives with one seed, the seconds it took, where and when; kept, and not measured again."""
     assert callable(row.measure)
-    name = digest([sorted(overrides), seed])
+    name = digest([list(overrides), seed])
     directory = home(overrides) / "reproduced" / table / row.key
     directory.mkdir(parents=True, exist_ok=True)
     file = directory / f"{name}.json"
     if file.is_file():
-        known = json.loads(file.read_text())
-        return record.measured(known["measured"]), known["seconds"]
+        return json.loads(file.read_text())
     began = time.perf_counter()
     measured = row.measure(Setting(overrides, seed, directory / name))
     seconds = time.perf_counter() - began
-    storage.write_json(file, {"measured": dataclasses.asdict(measured), "seconds": seconds})
-    return measured, seconds
+    storage.write_json(file, {**_where(), "seconds": seconds, "measured": dataclasses.asdict(measured)})
+    return json.loads(file.read_text())
 
 
 def together(found: Sequence[Measured]) -> Measured:
