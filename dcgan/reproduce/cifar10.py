@@ -36,12 +36,12 @@ def _patch_kmeans(centroids: int, setting: Setting) -> Measured:
 
 
 def _of_itself(setting: Setting) -> Measured:
-    run = setting.trained("cifar10", "evaluate.labels=0")
+    run = setting.extracted("cifar10", "evaluate.labels=0")
     return merged(features(run, "svm", ACCURACY), features(run, "svm_few_labels", FEW))
 
 
 def _of_imagenet(setting: Setting) -> Measured:
-    run = setting.trained("imagenet32", "evaluate.images=cifar10")
+    run = setting.extracted("imagenet32", "evaluate.images=cifar10")
     return merged(features(run, "svm", ACCURACY), features(run, "svm_few_labels", FEW))
 
 

@@ -20,7 +20,7 @@ DATA: dict[DataSet, str] = {
 
 
 def _features(preset: DataSet, setting: Setting) -> Measured:
-    return features(setting.trained(preset), "clustering", NAMES)
+    return features(setting.extracted(preset), "clustering", NAMES)
 
 
 def _pixels(preset: DataSet, setting: Setting) -> Measured:

@@ -70,9 +70,14 @@ class Setting:
         return stages.images(experiment, experiment.data), experiment.evaluate
 
     def trained(self, preset: DataSet, *words: str) -> Run:
-        """A run of the preset, trained to its end and with feature banks."""
+        """A run of the preset, trained to its end."""
         run = stages.ingest(self.experiment(preset, *words))
         stages.train(run)
+        return run
+
+    def extracted(self, preset: DataSet, *words: str) -> Run:
+        """The same with feature banks."""
+        run = self.trained(preset, *words)
         stages.extract(run)
         return run
 

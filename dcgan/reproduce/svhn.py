@@ -61,7 +61,7 @@ def _in_pixels(name: str, scorer: Scorer, setting: Setting) -> Measured:
 
 
 def _on_features(name: str, scorer: Scorer, setting: Setting) -> Measured:
-    run = setting.trained("svhn")
+    run = setting.extracted("svhn")
     store = run.scored_store()
     labels = {split: store.labels(split) for split in store.scored}
     found = {
@@ -77,7 +77,7 @@ def _on_features(name: str, scorer: Scorer, setting: Setting) -> Measured:
 
 def _svm(setting: Setting) -> Measured:
     names = {"error": "svm_few_labels/accuracy", "validation": "svm_few_labels/validation_accuracy"}
-    run = setting.trained("svhn")
+    run = setting.extracted("svhn")
     found = features(run, "svm_few_labels", names)
     return Measured(
         _interval(found.figures),

@@ -29,7 +29,7 @@ def server() -> Iterator[None]:
 
 
 def measured(setting: Setting) -> Measured:
-    return features(setting.trained("digits"), "svm", {"accuracy": "svm/accuracy"})
+    return features(setting.extracted("digits"), "svm", {"accuracy": "svm/accuracy"})
 
 
 def refused(setting: Setting) -> Measured:

@@ -32,7 +32,7 @@ def broken(setting: Setting) -> Measured:
 
 
 def trained(setting: Setting) -> Measured:
-    run = setting.trained("digits")
+    run = setting.extracted("digits")
     return merged(features(run, "svm", {"a": "svm/accuracy"}), features(run, "knn", {"b": "knn/accuracy"}))
 
 
@@ -215,7 +215,7 @@ def test_test_labels_decide_no_choice(tiny: tuple[str, ...], monkeypatch: pytest
     """Shuffled test labels change accuracies on test and nothing that is chosen, checkpoint included."""
     overrides = (*tiny, *SMALL, *MODEL)
     setting = Setting(overrides, 0, home(tiny))
-    run = setting.trained("digits", "evaluate.draws=2")
+    run = setting.extracted("digits", "evaluate.draws=2")
     chosen, accuracy = _chosen(run)
     honest = type(run.store()).labels
 
