@@ -99,6 +99,21 @@ def test_every_unit_is_on_for_about_half_of_the_images(originals: np.ndarray) ->
     assert bits.mean(0).max() < 0.75
 
 
+def test_a_pair_that_was_refused_is_not_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forty different images of one code: every sort brings them together."""
+    images, compare, seen = Images([blobs(40, 8)]), dedup.same, []
+
+    def watched(images: Images, one: np.ndarray, other: np.ndarray) -> np.ndarray:
+        seen.extend(zip(one.tolist(), other.tolist(), strict=True))
+        return compare(images, one, other)
+
+    monkeypatch.setattr(dedup, "same", watched)
+    codes = np.random.default_rng(0).integers(0, 2, (40, 2)).astype(np.uint64)  # up to two bits apart
+    assert dedup._link(images, codes, 0).tolist() == list(range(40))
+    assert len(seen) == len(set(seen)) > 40 * dedup.WINDOW / 2
+    assert all(one < other for one, other in seen)
+
+
 @pytest.mark.parametrize("count", [0, 1])
 def test_too_few_images_to_compare(count: int) -> None:
     assert dedup.find([blobs(1)[:count]]) == []
