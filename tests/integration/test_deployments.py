@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from dcgan import config
+from dcgan.reproduce import TABLES
 from dcgan.run import Run
 from dcgan.tracking import Ledger
 
@@ -99,12 +100,16 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         stack.local("down")
 
 
-def test_deployments_are_in_place_with_a_choice_of_presets(stack: Stack) -> None:
-    deployed = {found["name"]: found for found in stack.post("deployments/filter", {})}
+def test_deployments_are_in_place_with_a_choice_of_presets_and_tables(stack: Stack) -> None:
+    flows = {found["id"]: found["name"] for found in stack.post("flows/filter", {})}
+    deployed = {f"{flows[found['flow_id']]}/{found['name']}": found for found in stack.post("deployments/filter", {})}
 
-    assert set(deployed) == set(config.PRESETS)
-    for deployment in deployed.values():
-        assert deployment["parameter_openapi_schema"]["properties"]["preset"]["enum"] == list(config.PRESETS)
+    presets, tables = [f"train-eval/{name}" for name in config.PRESETS], [f"reproduce/{name}" for name in TABLES]
+    assert set(deployed) == {*presets, *tables}
+    for name, deployment in deployed.items():
+        properties = deployment["parameter_openapi_schema"]["properties"]
+        choice = properties["preset"] if name in presets else properties["table"]
+        assert choice["enum"] == list(config.PRESETS if name in presets else TABLES)
         assert deployment["global_concurrency_limit"]["limit"] == 1
         assert deployment["concurrency_options"]["collision_strategy"] == "ENQUEUE"
     (automation,) = stack.post("automations/filter", {})
@@ -145,6 +150,18 @@ def test_folder_without_a_directory_fails_at_once_and_says_so(stack: Stack) -> N
 
     assert done.returncode != 0
     assert "data.source=DIRECTORY" in stack.flow_runs()[0]["state"]["message"]
+
+
+def test_a_table_whose_data_is_absent_says_so_and_completes(stack: Stack, tmp_path: Path) -> None:
+    words = [f"mnist/data.source={tmp_path}"]
+    done = stack.prefect(
+        *("deployment", "run", "reproduce/mnist", "-p", 'rows=["real"]', "-p", f"overrides={json.dumps(words)}"),
+        "--watch",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    page = (stack.home / "results.md").read_text()
+    assert "- **real data, 50,000**: not measured: " in page
+    assert str(tmp_path) in page
 
 
 def test_cancelled_flow_stops_its_ray_workers_and_its_mlflow_run(stack: Stack) -> None:
