@@ -216,8 +216,9 @@ def session(home: Path, workers: int) -> Iterator[None]:
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     if address == "local":
-        # Ray's agents would outlive a killed driver by a minute, waiting for a server that died with it.
-        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "5")
+        # Ray's agents would outlive a killed driver by a minute, waiting for a server that died with it. But every
+        # process gives up, and exits without a word, if the server takes longer to start: eight seconds were seen.
+        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "20")
         if "RAY_AUTH_MODE" not in os.environ:
             # A token of this process's own: by default Ray writes one to ~/.ray; without one any user can run code.
             os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
