@@ -22,7 +22,8 @@ AHEAD = 4  # batches that the reading thread prepares
 
 def stream(seed: int, kind: int, index: int) -> np.random.Generator:
     """The random stream number `index` of a kind: counter-based (Philox, Salmon et al., 2011), so independent."""
-    return np.random.Generator(np.random.Philox(key=[(kind << 32) + seed, index]))
+    key = np.array([(kind << 32) + seed, index], np.uint64)  # of a list with numbers from 2**63 on NumPy makes floats
+    return np.random.Generator(np.random.Philox(key=key))
 
 
 def permutation(count: int, seed: int, epoch: int) -> np.ndarray:

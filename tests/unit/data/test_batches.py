@@ -64,6 +64,12 @@ def test_images_and_labels_stay_together_across_shards(tmp_path, make_store, mon
     assert np.array_equal(labels.numpy(), store.labels("train")[rows])
 
 
+def test_streams_of_neighbouring_numbers_differ_however_large_these_are():
+    for index in (0, 2**53, 2**63, 2**64 - 2):
+        first, second = (batches.stream(0, batches.NOISE, number).random(4) for number in (index, index + 1))
+        assert (first != second).all()
+
+
 def test_noise_is_as_published_and_differs_between_steps_and_seeds():
     uniform, normal = (batches.noise(kind, (1000, 100), 0, 0) for kind in ("uniform", "normal"))
     assert uniform.dtype == normal.dtype == np.float32
