@@ -159,9 +159,10 @@ def features(run: Run, protocol: config.Protocol, names: dict[str, str]) -> Meas
         for name, value in values.items()
         if name not in names.values() and name.rpartition("/")[2] in ("c", "neighbours")
     }
+    some = f"; {settings.labels:,} labels" if settings.labels and protocol in ("svm", "knn") else ""
     return Measured(
         cells.pop("discriminator"),
-        scale(run),
+        scale(run) + some,
         {source.replace("_", " "): figures for source, figures in cells.items()},
         {**chosen, "checkpoint": checkpoint_rule(run)},
         (run.name,),
@@ -176,7 +177,7 @@ def merged(*parts: Measured) -> Measured:
             controls[control] = {**controls.get(control, {}), **figures}
     return Measured(
         {column: figure for part in parts for column, figure in part.figures.items()},
-        "; ".join(dict.fromkeys(part.scale for part in parts)),
+        parts[0].scale,
         controls,
         {key: value for part in parts for key, value in part.choices.items()},
         tuple(dict.fromkeys(name for part in parts for name in part.runs)),
@@ -193,13 +194,11 @@ def checkpoint_rule(run: Run) -> str:
 
 
 def scale(run: Run) -> str:
-    """How much was trained on what, and how many labels were used."""
-    train, evaluate = run.experiment.train, run.experiment.evaluate
-    store = run.store()
+    """How much was trained on what."""
+    train, store = run.experiment.train, run.store()
     images = store.count(*store.training)
     epochs = train.steps * train.batch_size / images
-    labels = f"; {evaluate.labels:,} labels" if evaluate.labels else ""
-    return f"trained {train.steps:,} steps of {train.batch_size} ({epochs:.1f} epochs of {images:,} images){labels}"
+    return f"trained {train.steps:,} steps of {train.batch_size} ({epochs:.1f} epochs of {images:,} images)"
 
 
 def arrays(store: Store) -> tuple[Labelled, Labelled | None, Labelled]:
