@@ -21,8 +21,14 @@ from pathlib import Path
 from unittest import mock
 
 STARTUP = 180  # seconds; ten on an idle machine
-COMMAND = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=1"]
-OBJECT_STORE = f"--object-store-memory={2**27}"
+# `ray start`, ended with all that it started by the end of its input: tests that are killed leave none behind.
+START = """
+import os, signal, sys, threading
+from ray.scripts.scripts import main
+threading.Thread(target=lambda: (sys.stdin.read(), os.killpg(0, signal.SIGKILL)), daemon=True).start()
+main()
+"""
+COMMAND = [sys.executable, "-c", START, "start", "--block", "--num-cpus=1", f"--object-store-memory={2**27}"]
 
 
 class Node:
@@ -31,7 +37,7 @@ class Node:
     def __init__(self, log: Path, *arguments: str) -> None:
         with log.open("w") as output:
             self.process = subprocess.Popen(
-                [*COMMAND, OBJECT_STORE, *arguments], stdout=output, stderr=output, start_new_session=True
+                [*COMMAND, *arguments], stdin=subprocess.PIPE, stdout=output, stderr=output, start_new_session=True
             )
         deadline = time.monotonic() + STARTUP
         while "Ray runtime started" not in log.read_text():
@@ -43,7 +49,7 @@ class Node:
     def kill(self) -> None:
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        self.process.communicate()
 
 
 class Nodes:
@@ -74,7 +80,7 @@ def cluster(directory: Path) -> Iterator[Nodes]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_gcs_rpc_server_reconnect_timeout_s": "5",  # so that nothing outlives the head for long
+        "RAY_gcs_rpc_server_reconnect_timeout_s": "20",  # so that nothing outlives the head for long; see cluster.py
     }
     # Not in `directory`, whose name may be too long for the Unix sockets below it.
     with mock.patch.dict(os.environ, environment), tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as sockets:
