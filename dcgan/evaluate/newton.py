@@ -13,8 +13,9 @@ from dcgan.evaluate.products import Reduced, Streamed
 
 NEWTON_STEPS = 100  # 2 to 8 are needed on standardised features
 CG_STEPS = 250  # in one Newton step; 5 to 60 are needed
-CAUTION = 10  # after steps cut short by CG_RESIDUAL, 7 times their predicted gain was seen to be left
 CG_RESIDUAL = 0.1  # of the gradient's norm, where a Newton step is good enough; liblinear's value
+CONFIRMING = 0.01  # that of a step whose small gain ends the search: a looser one was seen to gain a 20th of what was left
+CAUTION = 10  # times that gain is counted as still to be had
 SEARCH_STEPS = 20  # of a bracketed Newton search along a line, over scores alone
 
 Products = Streamed | Reduced
@@ -29,23 +30,27 @@ def minimise(
     and penalties may be mixed. start: weights and scores to begin at; both are overwritten.
 
     Done with a problem when half its squared gradient, which bounds the distance to the minimum since the objective is
-    1-strongly convex, is at most `tol` of the objective, or when the last step was predicted to gain a tenth of that.
-    Raises RuntimeError, naming problem and bound, if float32 does not get there.
+    1-strongly convex, is at most `tol` of the objective, or when a step was predicted to gain less than a tenth of that
+    and then one with tighter conjugate gradients, too. Raises RuntimeError, naming problem and bound, if float32 does
+    not get there.
     """
     weights, found = start or (torch.zeros(len(signs), x.width, device=x.device), torch.zeros_like(signs))
-    gain = torch.full((len(signs),), torch.inf, dtype=torch.float64, device=x.device)
+    gain = torch.full((len(signs), 1), torch.inf, dtype=torch.float64, device=x.device)
+    residual = torch.full_like(c, CG_RESIDUAL)
     for _ in range(NEWTON_STEPS):
         slack = (1 - signs * found).clamp_(min=0)
         # In float64: 50,000 terms lose digits that decide when to stop.
         objective = 0.5 * _squares(weights.double()) + c.double() * _squares(slack.double())
         gradient = weights - 2 * c * x.transposed(signs * slack)
-        left = torch.minimum(CAUTION * gain, 0.5 * _squares(gradient.double()).squeeze(1)) / objective.squeeze(1)
+        bound, expected = 0.5 * _squares(gradient.double()) / objective, CAUTION * gain / objective
+        left = torch.where(residual == CONFIRMING, torch.minimum(bound, expected), bound).squeeze(1)
         open_ = (left > tol).nonzero().squeeze(1)
         if not len(open_):
             return weights, found, objective.squeeze(1).cpu().numpy()
-        step, change = _newton_step(x, gradient[open_], (slack[open_] > 0).float(), c[open_])
+        residual = torch.where(expected <= tol, CONFIRMING, CG_RESIDUAL)
+        step, change = _newton_step(x, gradient[open_], (slack[open_] > 0).float(), c[open_], residual[open_])
         length = _search(weights[open_], step, signs[open_], found[open_], change, c[open_])
-        gain[open_] = -0.5 * (gradient[open_].double() * step.double()).sum(1)
+        gain[open_] = -0.5 * (gradient[open_].double() * step.double()).sum(1, keepdim=True)
         weights[open_] += length * step
         found[open_] += length * change
     worst = int(left.argmax())
@@ -55,14 +60,17 @@ def minimise(
     )
 
 
-def _newton_step(x: Products, gradient: Tensor, inside: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """The step (M, F + 1) to the minimum if the same images stay inside the margin, and what it adds to scores."""
+def _newton_step(x: Products, gradient: Tensor, inside: Tensor, c: Tensor, enough: Tensor) -> tuple[Tensor, Tensor]:
+    """The step (M, F + 1) to the minimum if the same images stay inside the margin, and what it adds to scores.
+
+    enough: (M, 1), the share of the gradient's norm that may be left of it at the step's end.
+    """
     step, change, residual = torch.zeros_like(gradient), torch.zeros_like(inside), -gradient
     strength = 2 * c * inside.sum(1, keepdim=True)
     direction = x.precondition(residual, strength)
     size = (residual * direction).sum(1, keepdim=True)
-    enough = CG_RESIDUAL**2 * size
-    going = size > enough
+    smallest = enough**2 * size
+    going = size > smallest
     for _ in range(CG_STEPS):
         curvature, found = x.curvature(direction, inside)
         curvature = direction + 2 * c * curvature
@@ -72,7 +80,7 @@ def _newton_step(x: Products, gradient: Tensor, inside: Tensor, c: Tensor) -> tu
         residual -= length * curvature
         solved = x.precondition(residual, strength)
         previous, size = size, (residual * solved).sum(1, keepdim=True)
-        going = size > enough
+        going = size > smallest
         if not going.any():
             break
         direction = torch.where(going, solved + size / previous * direction, 0)

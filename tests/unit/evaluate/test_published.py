@@ -27,9 +27,11 @@ def names():
 
 def test_names_are_those_that_reports_look_for(names):
     assert names == {
-        "svm/accuracy", "svm/c", "svm_few_labels/accuracy", "svm_few_labels/accuracy_std", "svm_few_labels/c",
+        "svm/accuracy", "svm/validation_accuracy", "svm/c",
+        "svm_few_labels/accuracy", "svm_few_labels/accuracy_std", "svm_few_labels/validation_accuracy",
+        "svm_few_labels/c",
         "clustering/nmi", "clustering/nmi_geometric", "clustering/ari", "clustering/accuracy",
-        "knn/accuracy", "knn/neighbours",
+        "knn/accuracy", "knn/validation_accuracy", "knn/neighbours",
     }  # fmt: skip
 
 
