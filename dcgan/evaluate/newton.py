@@ -14,7 +14,7 @@ from dcgan.evaluate.products import Reduced, Streamed
 NEWTON_STEPS = 100  # 2 to 8 are needed on standardised features
 CG_STEPS = 250  # in one Newton step; 5 to 60 are needed
 CG_RESIDUAL = 0.1  # of the gradient's norm, where a Newton step is good enough; liblinear's value
-CONFIRMING = 0.01  # that of a step whose small gain ends the search: a looser one was seen to gain a 20th of what was left
+CONFIRMING = 0.01  # of a step whose small gain ends the search: a looser one was seen to gain a 20th of what was left
 CAUTION = 10  # times that gain is counted as still to be had
 SEARCH_STEPS = 20  # of a bracketed Newton search along a line, over scores alone
 
