@@ -36,8 +36,9 @@ run: .venv/installed
 	@mkdir -p $(PREFECT_HOME)
 	@$(BIN)/python -m flows.train_eval $(PRESET) $(SET)
 
+# Three files of tests at a time on two cores: for most of their time they wait for a server to start or to die.
 test: check
-	$(BIN)/pytest
+	$(BIN)/pytest -n 3 --dist loadfile
 
 check: .venv/installed
 	$(BIN)/ruff check

@@ -1,6 +1,6 @@
 """A Ray cluster of several nodes, each of them processes of this machine with an address and one processor of its own.
 
-    with ray_nodes.cluster(tmp_path) as nodes:     # RAY_ADDRESS and a token are set in here, and put back after
+    with ray_nodes.cluster(tmp_path) as nodes:     # RAY_ADDRESS is set in here, and put back after
         node = nodes.add()                         # beside the head, which is there from the start
         node.kill()                                # as a machine is lost: with every process on it
 
@@ -76,9 +76,10 @@ class Nodes:
 @contextmanager
 def cluster(directory: Path) -> Iterator[Nodes]:
     """A cluster of a head alone."""
+    # For good: a process goes on with the first token that it used, whatever its environment says later.
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     environment = {
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_gcs_rpc_server_reconnect_timeout_s": "20",  # so that nothing outlives the head for long; see cluster.py
     }
