@@ -10,6 +10,7 @@ No generator state is stored: what is random at a step is a pure function of the
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ class IncompatibleError(ValueError):
 
 
 def snapshot(game: Game, step: int, run: Run, store: Store) -> dict[str, Any]:
-    """Everything needed to go on after `step`, copied to the CPU: training may change the nets while it is written."""
+    """Everything needed to go on after `step`, copied where it is: training may change the nets while it is written."""
     state: dict[str, Any] = {
         "step": step,
         "identity": identity(run),
@@ -43,16 +44,21 @@ def snapshot(game: Game, step: int, run: Run, store: Store) -> dict[str, Any]:
         "g_optimizer": game.g_optimizer.state_dict(),
         "d_optimizer": game.d_optimizer.state_dict(),
     }
-    return _to_cpu(state)
+    return _each(lambda tensor: tensor.detach().clone(), state)
 
 
-def _to_cpu(value: Any) -> Any:
+def to_cpu(state: dict[str, Any]) -> dict[str, Any]:
+    """A snapshot's tensors on the CPU, where `Writer.save` wants them."""
+    return _each(lambda tensor: tensor.cpu(), state)
+
+
+def _each(change: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
     if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
+        return change(value)
     if isinstance(value, dict):
-        return {key: _to_cpu(item) for key, item in value.items()}
+        return {key: _each(change, item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_to_cpu(item) for item in value]
+        return [_each(change, item) for item in value]
     return value
 
 

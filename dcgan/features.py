@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from dcgan import checkpoint, models, storage
 from dcgan.config import Model
-from dcgan.data.batches import Batches, normalise
+from dcgan.data import batches
+from dcgan.data.batches import Images, normalise
 from dcgan.data.store import Store
-from dcgan.distributed import Place
 from dcgan.models import Discriminator, Generator
 from dcgan.run import Run
 
@@ -132,11 +132,11 @@ def _images(
     store: Store, splits: Sequence[str], device: torch.device, shuffle: bool = False, most: int | None = None
 ) -> Iterator[Tensor]:
     """The splits' images in order, or `most` in one fixed shuffled order, normalised, a batch at a time."""
-    source = Batches(store, splits, 1, 0, Place(0, 1, torch.device("cpu")))
-    order = (source.permutation(0) if shuffle else np.arange(source.count))[:most]
+    source = Images(store, splits)
+    order = (batches.permutation(source.count, 0, 0) if shuffle else np.arange(source.count))[:most]
     for start in range(0, len(order), BATCH):
         images = torch.from_numpy(source.gather(order[start : start + BATCH]))
-        yield normalise(images.to(device), channels_last=False)
+        yield normalise(images.to(device))
 
 
 def read_bank(run: Run, source: str, step: int, split: str) -> np.ndarray:

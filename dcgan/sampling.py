@@ -1,18 +1,40 @@
-"""Labelled images drawn from a conditional generator, as many as wanted: what `evaluate.generated` compares with."""
+"""Images drawn from a generator: those of fixed z, and labelled ones, as many as `evaluate.generated` compares with."""
 
 from collections.abc import Iterator
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dcgan.config import Model
 from dcgan.data import batches
 from dcgan.models import Generator
 from dcgan.pictures import to_uint8
-from dcgan.train import draw
 
+DRAW_BATCH = 256  # images generated at a time
 CHUNK = 1000  # images drawn at a time
-FIRST = 2**62  # number of the first chunk's z: training never gets there, nor to the sample grid's 2**63
+FIRST = 2**62  # number of the first chunk's z: training never gets there
+FIXED = 2**63  # number of the z of grids and of a checkpoint's distance
+
+
+@torch.no_grad()
+def draw(net: Generator, z: Tensor, labels: Tensor | None) -> Tensor:
+    """Images (n, C, H, W) float32 in [-1, 1] on the CPU, by BatchNorm's running statistics; the net's mode is kept."""
+    was_training, device = net.training, next(net.parameters()).device
+    net.eval()
+    parts = []
+    for start in range(0, len(z), DRAW_BATCH):
+        part = slice(start, start + DRAW_BATCH)
+        parts.append(net(z[part].to(device), labels[part].to(device) if labels is not None else None).float().cpu())
+    net.train(was_training)
+    return torch.cat(parts)
+
+
+def fixed_noise(model: Model, classes: int, count: int, seed: int) -> tuple[Tensor, Tensor | None]:
+    """z (n, z_dim) and labels (n,) of a grid: `count` images, or, conditional, that many a class in turn."""
+    rows = count if not model.conditional else classes * count
+    z = torch.from_numpy(batches.noise(model.z, (rows, model.z_dim), seed, FIXED))
+    return z, torch.arange(classes).repeat_interleave(count) if model.conditional else None
 
 
 def sampled(

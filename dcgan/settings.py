@@ -130,9 +130,12 @@ class Train(Section):
     )
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="one-sided: real images have the target 1 - this")
     ema: float = Field(0.0, ge=0, lt=1, description="decay a step of the generator's moving average; 0: none")
-    precision: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16: autocast; weights stay float32")
-    channels_last: bool = Field(False, description="channels-last memory layout")
-    fused: bool = Field(False, description="PyTorch's fused Adam")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="bfloat16: autocast, weights stay float32; auto: that where the processor computes in it"
+    )
+    memory_format: Literal["auto", "contiguous", "channels_last"] = Field(
+        "auto", description="order of the values of images and weights in memory; auto: channels_last with bfloat16"
+    )
     seed: int = Field(0, ge=0, lt=2**32, description="of the weights, the order of images, and z")
     log_every: int = Field(50, ge=1, description="steps between lines of metrics.jsonl")
     sample_every: int = Field(500, ge=1, description="steps between sample grids")
@@ -145,6 +148,9 @@ class Compute(Section):
 
     workers: int = Field(1, ge=0, description="Ray Train workers; 0: in this process, without Ray")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA if Ray, or this process, has it")
+    graph: bool = Field(
+        True, description="on CUDA, the step is recorded once as a graph and replayed: no launch waits for Python"
+    )
     max_failures: int = Field(3, ge=0, description="times Ray restarts the workers from the newest checkpoint")
 
 

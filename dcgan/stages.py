@@ -238,7 +238,7 @@ def sample(source: Path, count: int, seed: int, out: Path) -> None:
     """
     from dcgan import checkpoint, pictures
     from dcgan.config import validate
-    from dcgan.train import draw, fixed_noise
+    from dcgan.sampling import draw, fixed_noise
 
     directory = checkpoint.chosen(Run.open(source)) if (source / "experiment.json").is_file() else source
     generator, _, state = checkpoint.load_nets(directory)

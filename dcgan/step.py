@@ -16,6 +16,7 @@ from dcgan import distributed
 from dcgan.config import Train
 from dcgan.distributed import Place
 from dcgan.models import Discriminator, Generator
+from dcgan.numerics import numerics
 
 BETA2 = 0.999  # Adam's default; the paper changes only the first momentum
 
@@ -56,28 +57,34 @@ class Game:
     """
 
     def __init__(self, generator: Generator, discriminator: Discriminator, settings: Train, place: Place) -> None:
-        layout = torch.channels_last if settings.channels_last else torch.contiguous_format
-        self.settings, self.place = settings, place
+        self.settings, self.place, self.numerics = settings, place, numerics(settings, place.device)
+        layout = self.numerics.memory_format
         self.generator = generator.to(place.device).to(memory_format=layout)
         self.discriminator = discriminator.to(place.device).to(memory_format=layout)
         self.average = deepcopy(self.generator).requires_grad_(False) if settings.ema else None
         self.wrapped_generator = distributed.wrap(self.generator, place)
         self.wrapped_discriminator = distributed.wrap(self.discriminator, place)
-        self.g_optimizer = _adam(self.generator, settings)
-        self.d_optimizer = _adam(self.discriminator, settings)
+        # On the device: a recorded step reads it there.
+        self.rate, self._last_rate = torch.tensor(settings.learning_rate, device=place.device), settings.learning_rate
+        self.g_optimizer = _adam(self.generator, settings, self.rate)
+        self.d_optimizer = _adam(self.discriminator, settings, self.rate)
 
     @property
     def sampler(self) -> Generator:
         """The generator that is shown and scored: the moving average if there is one."""
         return self.average if self.average is not None else self.generator
 
+    def kind(self, step: int) -> int:
+        """Which of the kinds of a step it is: those of one kind do the same to other numbers."""
+        return step % 2 if self.settings.update == "alternate" else 0
+
     def step(self, step: int, real: Tensor, labels: Tensor | None, z: Tensor) -> dict[str, Tensor]:
         """Play one batch: real (n, C, H, W) in [-1, 1], labels (n,) or None, z (n, z_dim). Metrics stay on the device.
 
         update=both: the discriminator, then the generator on the same z. update=alternate: the generator at even
-        steps and the discriminator at odd ones, the order of the original code.
+        steps and the discriminator at odd ones, the order of the original code. The learning rate is that of
+        `set_learning_rate`.
         """
-        self._set_learning_rate(step)
         if self.settings.update == "alternate":
             if step % 2:
                 with torch.no_grad(), self._autocast():
@@ -88,10 +95,14 @@ class Game:
         metrics = self._update_discriminator(real, fake.detach(), labels)
         return metrics | self._update_generator(fake, labels)
 
-    def _set_learning_rate(self, step: int) -> None:
+    def set_learning_rate(self, step: int) -> None:
+        """Give both optimizers the learning rate of a step."""
+        if (rate := learning_rate(step, self.settings)) != self._last_rate:
+            self._last_rate = rate
+            self.rate.fill_(rate)
         for optimizer in (self.g_optimizer, self.d_optimizer):
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, self.settings)
+                group["lr"] = self.rate  # a checkpoint that was loaded has put its own there
 
     def _generate(self, z: Tensor, labels: Tensor | None) -> Tensor:
         with self._autocast():
@@ -140,21 +151,21 @@ class Game:
         averaged: list[Tensor] = list(self.average.parameters())
         current: list[Tensor] = list(self.generator.parameters())
         torch._foreach_lerp_(averaged, current, 1 - self.settings.ema)
-        for mine, theirs in zip(self.average.buffers(), self.generator.buffers(), strict=True):
-            mine.copy_(theirs)
+        torch._foreach_copy_(list(self.average.buffers()), list(self.generator.buffers()))
 
     def _autocast(self) -> torch.autocast:
-        enabled = self.settings.precision == "bfloat16"
-        return torch.autocast(self.place.device.type, torch.bfloat16, enabled=enabled)
+        dtype = self.numerics.dtype
+        return torch.autocast(self.place.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
-def _adam(net: nn.Module, settings: Train) -> torch.optim.Adam:
+def _adam(net: nn.Module, settings: Train, rate: Tensor) -> torch.optim.Adam:
     return torch.optim.Adam(
         net.parameters(),
-        lr=settings.learning_rate,
+        lr=rate,
         betas=(settings.beta1, BETA2),
         weight_decay=settings.weight_decay,  # Adam's, added to the gradient, as the original's regularizer does
-        fused=settings.fused,
+        fused=True,
+        capturable=rate.is_cuda,
     )
 
 

@@ -18,19 +18,27 @@ DIRECTIONS = 256  # (Karras et al.: 512)
 SMALLEST = 14  # the coarsest level still holds patches in different places
 
 
-def distance(real: Tensor, fake: Tensor, seed: int = 0) -> float:
-    """The distance between two sets of images, float (N, C, H, W) in [-1, 1], N equal; >= 0, lower is better.
+class Reference:
+    """Images that others are compared with, float (N, C, H, W) in [-1, 1]; what is known of them is computed once."""
 
-    The mean over pyramid levels, patches and directions drawn from `seed`. Raises ValueError if the shapes differ.
-    """
-    if real.shape != fake.shape:
-        raise ValueError(f"image sets of different shapes: {tuple(real.shape)} and {tuple(fake.shape)}")
-    generator = torch.Generator().manual_seed(seed)
-    levels = [
-        _compare(real_level, fake_level, generator)
-        for real_level, fake_level in zip(_pyramid(real), _pyramid(fake), strict=True)
-    ]
-    return float(torch.stack(levels).mean())
+    def __init__(self, images: Tensor, seed: int = 0) -> None:
+        self.shape, self.seed = images.shape, seed
+        self._levels = self._sorted(images)
+
+    def distance(self, images: Tensor) -> float:
+        """The distance to as many other images; >= 0, lower is better.
+
+        The mean over pyramid levels, patches and directions drawn from `seed`. Raises ValueError if the shapes differ.
+        """
+        if images.shape != self.shape:
+            raise ValueError(f"image sets of different shapes: {tuple(self.shape)} and {tuple(images.shape)}")
+        pairs = zip(self._levels, self._sorted(images), strict=True)
+        return float(torch.stack([(ours - theirs).abs().mean() for ours, theirs in pairs]).mean())
+
+    def _sorted(self, images: Tensor) -> list[Tensor]:
+        """For each level, the patches along each direction in ascending order, (M, DIRECTIONS)."""
+        generator = torch.Generator().manual_seed(self.seed)
+        return [_project(level, generator).sort(dim=0).values for level in _pyramid(images)]
 
 
 def _pyramid(images: Tensor) -> list[Tensor]:
@@ -43,13 +51,12 @@ def _pyramid(images: Tensor) -> list[Tensor]:
     return [*levels, images]
 
 
-def _compare(real: Tensor, fake: Tensor, generator: torch.Generator) -> Tensor:
-    side = real.shape[-1] - PATCH + 1
+def _project(level: Tensor, generator: torch.Generator) -> Tensor:
+    side = level.shape[-1] - PATCH + 1
     corners = torch.randint(side, (PATCHES, 2), generator=generator).tolist()
-    a, b = (_normalise(_patches(images, corners)) for images in (real, fake))
-    directions = torch.randn(a.shape[1], DIRECTIONS, generator=generator)
-    directions = (directions / directions.norm(dim=0)).to(a)
-    return ((a @ directions).sort(dim=0).values - (b @ directions).sort(dim=0).values).abs().mean()
+    patches = _normalise(_patches(level, corners))
+    directions = torch.randn(patches.shape[1], DIRECTIONS, generator=generator)
+    return patches @ (directions / directions.norm(dim=0)).to(patches)
 
 
 def _patches(images: Tensor, corners: list[list[int]]) -> Tensor:

@@ -4,20 +4,34 @@ So a resumed run needs no saved generator state, and the ranks' batches together
 """
 
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dcgan.config import Model
 from dcgan.data.store import Store
 from dcgan.distributed import Place, share
 
-Stream = Generator[tuple[Tensor, Tensor], None, None]
 ORDER, NOISE = range(2)  # independent random streams of one seed
 RESIDENT_SHARE = 0.5  # of a GPU's free memory that the images may take; the nets at 128 px need the rest
-AHEAD = 4  # batches that the reading thread prepares
+AHEAD = 4  # blocks that the reading thread prepares
+BLOCK = 16  # steps whose rows and z go to a GPU in one copy; a step at 32 px takes less time than a copy's overhead
+
+
+class Batch(NamedTuple):
+    """What a rank sees at a step, on its device."""
+
+    images: Tensor  # uint8 (n, C, H, W), n = batch_size / world
+    labels: Tensor  # int64 (n,), -1 for none
+    z: Tensor  # float32 (n, z_dim)
+
+
+Stream = Generator[Batch, None, None]
+Parts = tuple[Tensor, ...]
 
 
 def stream(seed: int, kind: int, index: int) -> np.random.Generator:
@@ -39,84 +53,117 @@ def noise(kind: str, shape: tuple[int, int], seed: int, step: int) -> np.ndarray
     return generator.random(shape, np.float32) * 2 - 1
 
 
-class Batches:
-    """The batches of one rank, in order, from a given step on, for ever.
+class Images:
+    """The images of some splits, one after the other, and their labels; read from the memory maps when asked for."""
 
-    Iterating gives (images uint8 (n, C, H, W), labels int64 (n,)) on the rank's device, n = batch_size / world; an
-    incomplete last batch of an epoch is left out. On a GPU that has room the images live there; otherwise one thread
-    gathers them from the memory maps ahead of time, into pinned memory if they go to a GPU.
-    splits: whose images these are, one after the other. Raises ValueError if they hold fewer images than one batch.
-    """
-
-    def __init__(self, store: Store, splits: Sequence[str], batch_size: int, seed: int, place: Place) -> None:
+    def __init__(self, store: Store, splits: Sequence[str]) -> None:
         self.count = store.count(*splits)
-        if self.count < batch_size:
-            raise ValueError(f"train.batch_size={batch_size} exceeds the {self.count} images of {', '.join(splits)}")
-        self.batch_size, self.seed, self.place = batch_size, seed, place
-        self.share = share(batch_size, place.world)
         self.shards = store.shards(*splits)
         self.starts = np.cumsum([0, *(len(shard) for shard in self.shards)])
         self.labels = store.labels(*splits)
+        self.shape = self.shards[0].shape[1:]  # (C, H, W)
+
+    def gather(self, rows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """The images of rows int64 (n,), uint8 (n, C, H, W), in `out` if given."""
+        images = np.empty((len(rows), *self.shape), np.uint8) if out is None else out
+        shard_of = np.searchsorted(self.starts, rows, side="right") - 1
+        for shard in np.unique(shard_of):
+            chosen = shard_of == shard
+            images[chosen] = self.shards[shard][rows[chosen] - self.starts[shard]]
+        return images
+
+    def resident(self, device: torch.device) -> Tensor:
+        """All of them on a device, uint8 (count, C, H, W), copied a shard at a time."""
+        images = torch.empty(self.count, *self.shape, dtype=torch.uint8, device=device)
+        for shard, start in zip(self.shards, self.starts, strict=False):
+            images[start : start + len(shard)].copy_(torch.from_numpy(np.array(shard)))
+        return images
+
+
+class Batches:
+    """The batches of one rank, in order, from a given step on, for ever.
+
+    An incomplete last batch of an epoch is left out. On a GPU that has room the images live there; otherwise one thread
+    gathers them from the memory maps ahead of time, into pinned memory if they go to a GPU.
+    splits: whose images these are, one after the other. model: whose z is drawn. Raises ValueError if the splits hold
+    fewer images than one batch.
+    """
+
+    def __init__(
+        self, store: Store, splits: Sequence[str], batch_size: int, seed: int, place: Place, model: Model
+    ) -> None:
+        self.images = Images(store, splits)
+        self.count = self.images.count
+        if self.count < batch_size:
+            raise ValueError(f"train.batch_size={batch_size} exceeds the {self.count} images of {', '.join(splits)}")
+        self.batch_size, self.seed, self.place, self.model = batch_size, seed, place, model
+        self.share = share(batch_size, place.world)
         self._epoch, self._order = -1, np.empty(0, np.int64)
 
     def rows(self, step: int) -> np.ndarray:
         """Which images this rank sees at a step, int64 (n,)."""
         per_epoch = self.count // self.batch_size
         epoch, batch = divmod(step, per_epoch)
-        start = batch * self.batch_size + self.place.rank * self.share
-        return self.permutation(epoch)[start : start + self.share]
-
-    def permutation(self, epoch: int) -> np.ndarray:
         if self._epoch != epoch:
             self._epoch, self._order = epoch, permutation(self.count, self.seed, epoch)
-        return self._order
+        start = batch * self.batch_size + self.place.rank * self.share
+        return self._order[start : start + self.share]
 
-    def gather(self, rows: np.ndarray) -> np.ndarray:
-        """Those images from the memory maps, uint8 (n, C, H, W)."""
-        shard_of = np.searchsorted(self.starts, rows, side="right") - 1
-        images = np.empty((len(rows), *self.shards[0].shape[1:]), np.uint8)
-        for shard in np.unique(shard_of):
-            chosen = shard_of == shard
-            images[chosen] = self.shards[shard][rows[chosen] - self.starts[shard]]
-        return images
+    def z(self, step: int) -> np.ndarray:
+        """This rank's rows of a step's z, float32 (n, z_dim)."""
+        z = noise(self.model.z, (self.batch_size, self.model.z_dim), self.seed, step)
+        return z[self.place.rank * self.share : (self.place.rank + 1) * self.share]
 
     def from_step(self, step: int) -> Stream:
         """Batches from `step` on; close the stream to stop the reading thread."""
         device = self.place.device
         if device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(device)
-            if sum(shard.nbytes for shard in self.shards) <= RESIDENT_SHARE * free:
+            if sum(shard.nbytes for shard in self.images.shards) <= RESIDENT_SHARE * free:
                 return self._resident(step)
-        return self._prefetched(step)
+        return self._streamed(step)
 
     def _resident(self, step: int) -> Stream:
+        """Images and labels live on the device; which rows, and z, are sent there a block of steps at a time."""
         device = self.place.device
-        images = torch.cat([torch.from_numpy(np.array(shard)).to(device) for shard in self.shards])
-        labels = torch.from_numpy(self.labels).to(device)
-        while True:
-            rows = torch.from_numpy(self.rows(step)).pin_memory().to(device, non_blocking=True)
-            yield images[rows], labels[rows]
-            step += 1
+        images = self.images.resident(device)
+        labels = torch.from_numpy(self.images.labels).to(device)
+        for rows, z in self._ahead(self._block, step, BLOCK):
+            rows, z = rows.to(device, non_blocking=True), z.to(device, non_blocking=True)
+            for each, noise in zip(rows, z, strict=True):
+                yield Batch(images[each], labels[each], noise)
 
-    def _prefetched(self, step: int) -> Stream:
+    def _streamed(self, step: int) -> Stream:
         device = self.place.device
+        for batch in self._ahead(self._read, step, 1):
+            yield Batch(*(part.to(device, non_blocking=True) for part in batch))
+
+    def _ahead(self, read: Callable[[int], Parts], step: int, stride: int) -> Iterator[Parts]:
+        """read(step), read(step + stride), ... by one thread, before they are asked for."""
         with ThreadPoolExecutor(1, thread_name_prefix="batches") as reader:
-            ahead = deque(reader.submit(self._read, step + i) for i in range(AHEAD))
+            ahead = deque(reader.submit(read, step + i * stride) for i in range(AHEAD))
             while True:
-                images, labels = ahead.popleft().result()
-                ahead.append(reader.submit(self._read, step + AHEAD))
-                yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-                step += 1
+                found = ahead.popleft().result()
+                ahead.append(reader.submit(read, step + AHEAD * stride))
+                yield found
+                step += stride
 
-    def _read(self, step: int) -> tuple[Tensor, Tensor]:
+    def _block(self, step: int) -> Parts:
+        """Rows int64 (BLOCK, n) and z float32 (BLOCK, n, z_dim) of the steps from `step` on, in pinned memory."""
+        steps = range(step, step + BLOCK)
+        rows, z = np.stack([self.rows(each) for each in steps]), np.stack([self.z(each) for each in steps])
+        return torch.from_numpy(rows).pin_memory(), torch.from_numpy(z).pin_memory()
+
+    def _read(self, step: int) -> Parts:
+        """The batch of a step on the CPU, in pinned memory if it goes to a GPU."""
         rows = self.rows(step)
-        batch = torch.from_numpy(self.gather(rows)), torch.from_numpy(self.labels[rows])
-        if self.place.device.type == "cuda":
-            return batch[0].pin_memory(), batch[1].pin_memory()
-        return batch
+        pinned = self.place.device.type == "cuda"
+        images = torch.empty(self.share, *self.images.shape, dtype=torch.uint8, pin_memory=pinned)
+        self.images.gather(rows, images.numpy())
+        rest = torch.from_numpy(self.images.labels[rows]), torch.from_numpy(self.z(step))
+        return images, *(part.pin_memory() if pinned else part for part in rest)
 
 
-def normalise(images: Tensor, channels_last: bool) -> Tensor:
-    """uint8 [0, 255] to float32 [-1, 1] (paper, section 4: no other preprocessing), in the wanted memory layout."""
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return images.to(torch.float32, memory_format=layout).div_(127.5).sub_(1)
+def normalise(images: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
+    """uint8 [0, 255] to float32 [-1, 1] (paper, section 4: no other preprocessing), in the wanted memory format."""
+    return images.to(torch.float32, memory_format=memory_format).div_(127.5).sub_(1)

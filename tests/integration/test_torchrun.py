@@ -47,7 +47,7 @@ def two_ranks(tmp_path_factory, make_store):
     sections = {
         "data": {"name": "digits", "size": 28, "home": home},
         "model": {"kernel": 4, "width": 2, "z_dim": 3},
-        "train": {"steps": STEPS, "batch_size": BATCH, "log_every": 1, "checkpoint_every": 2},
+        "train": {"steps": STEPS, "batch_size": BATCH, "log_every": 1, "checkpoint_every": 2, "precision": "float32"},
         "compute": {"device": "cpu"},
     }
     run = Run.create(validate(sections), store)
@@ -61,7 +61,9 @@ def reference(run):
     g, d = models.build(run.experiment.model, 1, 2, 28, settings.seed)
     replicas = [(copy.deepcopy(g), copy.deepcopy(d)) for _ in range(2)]
     adams = [[torch.optim.Adam(net.parameters(), 2e-4, (0.5, 0.999)) for net in pair] for pair in replicas]
-    data = batches.Batches(store, ("train",), BATCH, settings.seed, Place(0, 1, torch.device("cpu")))
+    data = batches.Batches(
+        store, ("train",), BATCH, settings.seed, Place(0, 1, torch.device("cpu")), run.experiment.model
+    )
     for step in range(STEPS):
         rows = data.rows(step)
         z = torch.from_numpy(batches.noise("uniform", (BATCH, 3), settings.seed, step))
@@ -118,7 +120,7 @@ def test_metrics_are_means_over_ranks(two_ranks):
     for rank in range(2):
         place = Place(rank, 2, torch.device("cpu"))
         game = Game(*models.build(two_ranks.experiment.model, 1, 2, 28, 0), settings, Place(0, 1, place.device))
-        rows = batches.Batches(store, ("train",), BATCH, 0, place).rows(0)
+        rows = batches.Batches(store, ("train",), BATCH, 0, place, two_ranks.experiment.model).rows(0)
         real = torch.from_numpy(store.images("train")[rows]).float() / 127.5 - 1
         z = torch.from_numpy(batches.noise("uniform", (BATCH, 3), 0, 0))[rank * 4 : rank * 4 + 4]
         d_real.append(float(game.step(0, real, None, z)["d_real"]))

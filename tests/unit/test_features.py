@@ -49,10 +49,10 @@ def test_calibration_is_the_mean_over_batches_of_real_images(trained, monkeypatc
     _, d = models.build(Model(kernel=4, width=2), 1, 0, 28, seed=0)
     d(torch.randn(4, 1, 28, 28) + 5)  # statistics that must vanish
     features.calibrate(d, store, torch.device("cpu"))
-    order = features.Batches(store, ("train",), 1, 0, features.Place(0, 1, torch.device("cpu"))).permutation(0)
+    order = features.batches.permutation(store.count("train"), 0, 0)
     means, variances = [], []
     for start in range(0, 60, 20):
-        images = normalise(torch.from_numpy(np.array(store.images("train")[order[start : start + 20]])), False)
+        images = normalise(torch.from_numpy(np.array(store.images("train")[order[start : start + 20]])))
         maps = d.convs[1](torch.nn.functional.leaky_relu(d.convs[0](images), 0.2)).detach().double().numpy()
         means.append(maps.mean((0, 2, 3)))
         variances.append(maps.var((0, 2, 3), ddof=1))
@@ -68,7 +68,7 @@ def test_banks_hold_every_image_in_order_and_both_sources(trained):
     assert {p.name for p in trained.features.iterdir()} == banks
     extractor = features.load_extractor(trained.path / "export" / "discriminator.safetensors")
     with torch.no_grad():
-        expected = extractor(normalise(torch.from_numpy(np.array(store.images("test"))), False)).numpy()
+        expected = extractor(normalise(torch.from_numpy(np.array(store.images("test"))))).numpy()
     bank = features.read_bank(trained, "discriminator", 4, "test")
     assert bank.dtype == np.float16
     np.testing.assert_allclose(bank, expected, rtol=2e-3, atol=1e-4)  # float16 on disk

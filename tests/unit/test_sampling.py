@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dcgan import models, sampling, train
+from dcgan import models, sampling
 from dcgan.config import Model
 from dcgan.data import batches
 from dcgan.sampling import CHUNK, sampled
@@ -71,7 +71,7 @@ def test_no_z_is_drawn_twice(monkeypatch):
     drawn = []
     monkeypatch.setattr(sampling, "draw", lambda net, z, labels: drawn.append(z) or torch.zeros(len(z), 1, 1, 1))
     together(5 * CHUNK)
-    grid, _ = train.fixed_noise(MODEL, 3, 3, seed=0)
+    grid, _ = sampling.fixed_noise(MODEL, 3, 3, seed=0)
     seen = torch.cat([grid, *drawn])
     assert len(torch.unique(seen, dim=0)) == len(seen) == 5 * CHUNK + 9
 

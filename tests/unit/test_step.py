@@ -18,7 +18,8 @@ MODEL = Model(kernel=4, width=4, z_dim=6)
 
 
 def game(**settings):
-    settings = Train(**{"steps": 10, "batch_size": 8, **settings})
+    plain = {"steps": 10, "batch_size": 8, "precision": "float32", "memory_format": "contiguous"}
+    settings = Train(**{**plain, **settings})
     return Game(*models.build(MODEL, 1, 0, 28, seed=0), settings, HERE)
 
 
@@ -111,10 +112,10 @@ def test_moving_average_follows_the_generator():
 
 @pytest.mark.parametrize(
     ("option", "tolerance"),
-    [({"precision": "bfloat16"}, 0.05), ({"channels_last": True}, 1e-4), ({"fused": True}, 1e-4)],
+    [({"precision": "bfloat16"}, 0.05), ({"memory_format": "channels_last"}, 1e-4)],
 )
 def test_fast_paths_agree_with_the_plain_step(option, tolerance):
-    """Losses after five steps; bfloat16 has 8 bits of mantissa, the others only reorder sums."""
+    """Losses after five steps; bfloat16 has 8 bits of mantissa, the other only reorders sums."""
     plain, fast = game(), game(**option)
     for step in range(5):
         expected, got = plain.step(step, *batch(step)), fast.step(step, *batch(step))
@@ -126,10 +127,10 @@ def test_fast_paths_agree_with_the_plain_step(option, tolerance):
 
 
 def test_options_have_their_effect():
-    assert game(channels_last=True).discriminator.convs[1].weight.is_contiguous(memory_format=torch.channels_last)
-    assert game(fused=True).d_optimizer.param_groups[0]["fused"]
+    last = game(memory_format="channels_last")
+    assert last.discriminator.convs[1].weight.is_contiguous(memory_format=torch.channels_last)
     group = game(learning_rate=3e-4, beta1=0.4, weight_decay=1e-5).g_optimizer.param_groups[0]
-    assert (group["lr"], group["betas"], group["weight_decay"]) == (3e-4, (0.4, 0.999), 1e-5)
+    assert (group["lr"].item(), group["betas"], group["weight_decay"]) == (pytest.approx(3e-4), (0.4, 0.999), 1e-5)
 
 
 def test_the_learning_rate_falls_as_in_the_original_code():
@@ -157,6 +158,7 @@ def test_both_nets_move_at_the_rate_of_the_step(step):
     play = game(decay=1.0)
     nets = (play.generator, play.discriminator)
     before = [weights(net) for net in nets]
+    play.set_learning_rate(step)
     play.step(step, *batch())
     for net, old in zip(nets, before, strict=True):
         assert (weights(net) - old).abs().max().item() == pytest.approx(2e-4 * (10 - step) / 10, rel=0.01)
@@ -166,16 +168,3 @@ def test_discriminator_stays_trainable_after_the_generators_turn():
     play = game()
     play.step(0, *batch())
     assert all(p.requires_grad for p in play.discriminator.parameters())
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_step_on_cuda_agrees_with_cpu():
-    here, there = (
-        game(),
-        Game(*models.build(MODEL, 1, 0, 28, seed=0), Train(steps=10, batch_size=8), Place(0, 1, torch.device("cuda"))),
-    )
-    for step in range(5):
-        real, _, z = batch(step)
-        expected, got = here.step(step, real, None, z), there.step(step, real.cuda(), None, z.cuda())
-        assert got["d_loss"].item() == pytest.approx(expected["d_loss"].item(), rel=1e-2)

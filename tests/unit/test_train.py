@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dcgan import checkpoint, models, train
+from dcgan import checkpoint, models, sampling, train
 from dcgan.config import validate
 from dcgan.data import batches
 from dcgan.distributed import Place
@@ -29,6 +29,7 @@ def make_run(tmp_path, make_store):
                 "log_every": 2,
                 "sample_every": 4,
                 "checkpoint_every": 5,
+                "precision": "float32",
                 **settings,
             },
             "compute": {"workers": 0, "device": "cpu"},
@@ -87,7 +88,7 @@ def test_metrics_are_means_over_the_steps_since_the_last_line(make_run):
     store = run.store()
     settings = run.experiment.train
     game = Game(*models.build(run.experiment.model, 1, 2, 28, 0), settings, Place(0, 1, torch.device("cpu")))
-    data = batches.Batches(store, ("train",), 8, 0, game.place)
+    data = batches.Batches(store, ("train",), 8, 0, game.place, run.experiment.model)
     losses = []
     for step in range(4):
         real = torch.from_numpy(store.images("train")[data.rows(step)]).float() / 127.5 - 1
@@ -215,6 +216,6 @@ def test_the_distance_of_a_checkpoint_is_measured_on_training_images_only(make_r
 
 def test_fixed_noise_never_meets_training_noise():
     settings = validate({"data": {"name": "digits", "size": 28}, "model": {"z_dim": 3}, "train": {"steps": 1}}).model
-    z, labels = train.fixed_noise(settings, 0, 8, seed=0)
+    z, labels = sampling.fixed_noise(settings, 0, 8, seed=0)
     assert labels is None
     assert not any(np.allclose(z, batches.noise("uniform", (8, 3), 0, step)) for step in range(100))

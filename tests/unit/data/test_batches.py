@@ -6,9 +6,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dcgan.config import Model
 from dcgan.data import batches
-from dcgan.data.batches import Batches, normalise
+from dcgan.data.batches import Batches, Images, normalise
 from dcgan.distributed import Place
+
+
+MODEL = Model(z_dim=3)
 
 
 def place(rank=0, world=1):
@@ -29,15 +33,17 @@ def small(tmp_path_factory, make_store):
 )
 def test_ranks_together_see_the_single_process_batch(small, world, each, seed, step):
     batch = world * each
-    alone = Batches(small, ("train",), batch, seed, place()).rows(step)
-    shared = [Batches(small, ("train",), batch, seed, place(rank, world)).rows(step) for rank in range(world)]
+    alone = Batches(small, ("train",), batch, seed, place(), MODEL).rows(step)
+    shared = [Batches(small, ("train",), batch, seed, place(rank, world), MODEL).rows(step) for rank in range(world)]
     assert np.array_equal(np.concatenate(shared), alone)
+    drawn = [Batches(small, ("train",), batch, seed, place(rank, world), MODEL).z(step) for rank in range(world)]
+    assert np.array_equal(np.concatenate(drawn), batches.noise("uniform", (batch, 3), seed, step))
 
 
 @settings(max_examples=25, deadline=None)
 @given(batch=st.integers(1, 50), seed=st.integers(0, 99))
 def test_an_epoch_shows_no_image_twice_and_leaves_out_less_than_a_batch(small, batch, seed):
-    data = Batches(small, ("train",), batch, seed, place())
+    data = Batches(small, ("train",), batch, seed, place(), MODEL)
     per_epoch = 50 // batch
     seen = np.concatenate([data.rows(step) for step in range(per_epoch)])
     assert len(np.unique(seen)) == len(seen) == per_epoch * batch > 50 - batch
@@ -46,22 +52,23 @@ def test_an_epoch_shows_no_image_twice_and_leaves_out_less_than_a_batch(small, b
 
 
 def test_any_step_is_the_same_whether_reached_or_jumped_to(small):
-    stream = Batches(small, ("train",), 8, 1, place()).from_step(0)
+    stream = Batches(small, ("train",), 8, 1, place(), MODEL).from_step(0)
     walked = [next(stream) for _ in range(9)][8]
-    jumped = next(Batches(small, ("train",), 8, 1, place()).from_step(8))
-    assert torch.equal(walked[0], jumped[0])
-    assert torch.equal(walked[1], jumped[1])
+    jumped = next(Batches(small, ("train",), 8, 1, place(), MODEL).from_step(8))
+    assert all(torch.equal(*pair) for pair in zip(walked, jumped, strict=True))
 
 
 def test_images_and_labels_stay_together_across_shards(tmp_path, make_store, monkeypatch):
     monkeypatch.setattr("dcgan.data.shards.BYTES", 8 * 28 * 28)
     store = make_store(tmp_path, size=28, channels=1, classes=5, train=30)
     assert len(store.shards("train")) == 4
-    data = Batches(store, ("train",), 30, 0, place())
+    data = Batches(store, ("train",), 30, 0, place(), MODEL)
     rows = data.rows(0)
-    images, labels = next(data.from_step(0))
+    images, labels, z = next(data.from_step(0))
     assert np.array_equal(images.numpy(), store.images("train")[rows])
     assert np.array_equal(labels.numpy(), store.labels("train")[rows])
+    assert np.array_equal(z.numpy(), batches.noise("uniform", (30, 3), 0, 0))
+    assert np.array_equal(Images(store, ("train",)).resident(torch.device("cpu")).numpy(), store.images("train"))
 
 
 def test_streams_of_neighbouring_numbers_differ_however_large_these_are():
@@ -85,16 +92,16 @@ def test_noise_is_as_published_and_differs_between_steps_and_seeds():
 
 def test_pixels_are_scaled_to_minus_one_and_one_only():
     pixels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
-    scaled = normalise(pixels, channels_last=False)
+    scaled = normalise(pixels)
     np.testing.assert_allclose(scaled.flatten(), np.arange(256) / 127.5 - 1, atol=1e-6)
-    assert normalise(pixels.expand(2, 3, 16, 16), True).is_contiguous(memory_format=torch.channels_last)
+    assert normalise(pixels.expand(2, 3, 16, 16), torch.channels_last).is_contiguous(memory_format=torch.channels_last)
 
 
 def test_a_batch_larger_than_the_split_is_refused(small):
     with pytest.raises(ValueError, match=r"batch_size=51 exceeds the 50 images of train"):
-        Batches(small, ("train",), 51, 0, place())
+        Batches(small, ("train",), 51, 0, place(), MODEL)
 
 
 def test_a_batch_that_ranks_cannot_share_is_refused(small):
     with pytest.raises(ValueError, match=r"batch_size=8 is not divisible by 3"):
-        Batches(small, ("train",), 8, 0, place(0, 3))
+        Batches(small, ("train",), 8, 0, place(0, 3), MODEL)

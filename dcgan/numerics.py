@@ -1,0 +1,37 @@
+"""In which numbers and memory format a step computes: what is fastest on the device, or what was asked for."""
+
+from typing import NamedTuple
+
+import torch
+
+from dcgan.config import Train
+
+
+class Numerics(NamedTuple):
+    """float32 or bfloat16 (by autocast: weights and updates stay float32), and the format of images and weights."""
+
+    dtype: torch.dtype
+    memory_format: torch.memory_format
+
+
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+def numerics(settings: Train, device: torch.device) -> Numerics:
+    """Those of `train.precision` and `train.memory_format`; for auto, what docs/performance.md measured to be fastest.
+
+    bfloat16 where the processor multiplies in it: CUDA from compute capability 8.0 on, x86 with AVX-512 BF16 or AMX.
+    Elsewhere it is converted before each operation and slower than float32. Channels last with it, contiguous without.
+    """
+    dtype = torch.bfloat16 if settings.precision == "bfloat16" else torch.float32
+    if settings.precision == "auto" and _multiplies_bfloat16(device):
+        dtype = torch.bfloat16
+    if settings.memory_format == "auto":
+        return Numerics(dtype, torch.channels_last if dtype == torch.bfloat16 else torch.contiguous_format)
+    return Numerics(dtype, FORMATS[settings.memory_format])
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.cpu._is_avx512_bf16_supported()  # every processor with AMX has it, too

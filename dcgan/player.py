@@ -1,0 +1,93 @@
+"""Plays step after step and sums their metrics; on CUDA as a graph that is recorded once and then replayed.
+
+A step at 32 px is some two hundred kernels of a few microseconds each, and Python takes longer than that to launch one.
+Recorded, the device does them one after the other by itself.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dcgan.data.batches import Batch, normalise
+from dcgan.step import Game
+
+# Steps of each kind played before one is recorded: libraries choose their algorithms in them, optimizers make their
+# state. With gradients of several ranks it is what PyTorch's notes on CUDA graphs ask for.
+WARM_UP, WARM_UP_OF_RANKS = 3, 11
+
+
+class Player:
+    """Plays a game. `sums` and `counts` hold each metric since `restart`, summed on the device: nothing waits for it.
+
+    graph: record the steps on CUDA; elsewhere it says nothing.
+    """
+
+    def __init__(self, game: Game, graph: bool) -> None:
+        self.game = game
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+        self._played: dict[int, int] = {}  # kind of step: how often
+        self._names: dict[int, list[str]] = {}  # kind of step: the metrics it gives
+        self._recorded: dict[int, _Recorded] = {}
+        self._recorder = torch.cuda.Stream() if graph and game.place.device.type == "cuda" else None
+
+    def play(self, step: int, batch: Batch) -> None:
+        """Play a step on its batch and add its metrics to the sums."""
+        self.game.set_learning_rate(step)
+        kind = self.game.kind(step)
+        if kind in self._recorded:
+            self._recorded[kind](batch)
+        elif self._recorder is None:
+            self._play(step, batch)
+        else:
+            self._play_or_record(step, batch, self._recorder)
+        for name in self._names[kind]:
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def restart(self) -> None:
+        """Set the sums to zero, in place: the recorded steps add to them."""
+        for value in self.sums.values():
+            value.zero_()
+        self.counts.clear()
+
+    def _play(self, step: int, batch: Batch) -> None:
+        conditional = self.game.generator.labels
+        real = normalise(batch.images, self.game.numerics.memory_format)
+        metrics = self.game.step(step, real, batch.labels if conditional else None, batch.z)
+        self._names[self.game.kind(step)] = list(metrics)
+        for name in metrics:
+            if name not in self.sums:
+                self.sums[name] = torch.zeros((), device=self.game.place.device)
+        torch._foreach_add_([self.sums[name] for name in metrics], list(metrics.values()))
+
+    def _play_or_record(self, step: int, batch: Batch, stream: torch.cuda.Stream) -> None:
+        """The first steps are played beside the default stream, as a recording needs it; the next one is recorded."""
+        kind = self.game.kind(step)
+        played = self._played[kind] = self._played.get(kind, 0) + 1
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True):
+            if played <= (WARM_UP if self.game.place.world == 1 else WARM_UP_OF_RANKS):
+                stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(stream):
+                    self._play(step, batch)
+                torch.cuda.current_stream().wait_stream(stream)
+                return
+            self._recorded[kind] = _Recorded(lambda inputs: self._play(step, inputs), batch, stream)
+        self._recorded[kind](batch)
+
+
+class _Recorded:
+    """A function of a batch as a CUDA graph. Recording does not run it; calling does, on a copy of the batch."""
+
+    def __init__(self, function: Callable[[Batch], None], batch: Batch, stream: torch.cuda.Stream) -> None:
+        self.inputs = Batch(*(part.clone() for part in batch))
+        self.graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        # thread_local: other threads may copy a checkpoint or allocate meanwhile
+        with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
+            function(self.inputs)
+
+    def __call__(self, batch: Batch) -> None:
+        for mine, theirs in zip(self.inputs, batch, strict=True):
+            mine.copy_(theirs, non_blocking=True)
+        self.graph.replay()
