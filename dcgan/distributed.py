@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -71,7 +71,15 @@ def wrap(net: nn.Module, place: Place) -> nn.Module:
     """
     if place.world == 1:
         return net
-    return nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
+    # Built beside the default stream on CUDA, or its collectives can't be recorded (PyTorch's notes on CUDA graphs).
+    stream = torch.cuda.Stream(place.device) if place.device.type == "cuda" else None
+    with torch.cuda.stream(stream) if stream else nullcontext():
+        return nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
+
+
+def recordable(place: Place) -> bool:
+    """Whether a step with its exchange of gradients can be a CUDA graph: NCCL's can, gloo's goes through the CPU."""
+    return place.world == 1 or dist.get_backend() == "nccl"
 
 
 def mean(values: Tensor, place: Place) -> Tensor:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from dcgan import distributed
 from dcgan.data.batches import Batch, normalise
 from dcgan.step import Game
 
@@ -20,7 +21,7 @@ WARM_UP, WARM_UP_OF_RANKS = 3, 11
 class Player:
     """Plays a game. `sums` and `counts` hold each metric since `restart`, summed on the device: nothing waits for it.
 
-    graph: record the steps on CUDA; elsewhere it says nothing.
+    graph: record the steps on CUDA, unless gradients are exchanged by gloo; elsewhere it says nothing.
     """
 
     def __init__(self, game: Game, graph: bool) -> None:
@@ -30,7 +31,8 @@ class Player:
         self._played: dict[int, int] = {}  # kind of step: how often
         self._names: dict[int, list[str]] = {}  # kind of step: the metrics it gives
         self._recorded: dict[int, _Recorded] = {}
-        self._recorder = torch.cuda.Stream() if graph and game.place.device.type == "cuda" else None
+        recording = graph and game.place.device.type == "cuda" and distributed.recordable(game.place)
+        self._recorder = torch.cuda.Stream() if recording else None
 
     def play(self, step: int, batch: Batch) -> None:
         """Play a step on its batch and add its metrics to the sums."""

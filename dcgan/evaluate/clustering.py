@@ -2,11 +2,11 @@
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
-from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
 from dcgan.config import Evaluate
-from dcgan.evaluate.samples import Labelled, check
+from dcgan.evaluate.kmeans import kmeans
+from dcgan.evaluate.samples import Labelled, Samples, check, device
 
 
 def score(
@@ -20,20 +20,18 @@ def score(
     """`clustering/nmi`, `clustering/nmi_geometric`, `clustering/accuracy` (0 to 1), `clustering/ari` (-0.5 to 1).
 
     Higher is better in all. x: float16 or float32 (N, F), y: int64 (N,); validation is part of what is published as
-    train, and merged, too. As many clusters as classes; of `settings.restarts`
-    k-means++ starts the one of lowest inertia is scored, which looks at no label. Distances are between features as
-    they are, pixels in [0, 1] too: on MNIST's pixels the NMI is then near the published .4997 (DAC, ICCV 2017), while
-    standardised it is at most .435. `tests/benchmarks/raw_pixel_clustering.py` measures how near.
+    train, and merged, too. As many clusters as classes; of `settings.restarts` k-means++ starts the one of lowest
+    inertia is scored, which looks at no label. Distances are between features as they are, pixels in [0, 1] too: on
+    MNIST's pixels the NMI is then near the published .4997 (DAC, ICCV 2017), while standardised it is at most .435.
+    `tests/benchmarks/raw_pixel_clustering.py` measures how near.
     Raises ValueError for input that `samples.check` refuses.
     """
     # Some data sets are clustered whole and have no test images.
     check(train_x, train_y, *((test_x, test_y) if len(test_y) else (train_x, train_y)), validation)
     held_x, held_y = validation or (test_x[:0], test_y[:0])
-    merged = np.concatenate([train_x, held_x, test_x], dtype=np.float32)
+    merged = Samples.centred(np.concatenate([train_x, held_x, test_x]), device())
     labels = np.concatenate([train_y, held_y, test_y])
-    # copy_x=False: `merged` is ours, and 60,000 x 7,168 need not exist twice
-    means = KMeans(len(np.unique(labels)), n_init=settings.restarts, random_state=settings.seed, copy_x=False)
-    return compare(labels, means.fit_predict(merged))
+    return compare(labels, kmeans(merged, len(np.unique(labels)), settings.restarts, settings.seed).labels)
 
 
 def compare(labels: np.ndarray, clusters: np.ndarray) -> dict[str, float]:

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-BLOCK_BYTES = 2**21  # of float32 features: still in the cache when a second product reads the block again
+# Of float32 features. On a CPU still in the cache when a second product reads the block again; a GPU is kept busy.
+BLOCK_BYTES = {"cpu": 2**21, "cuda": 2**28}
 
 Labelled = tuple[np.ndarray, np.ndarray]  # features (N, F) and labels (N,)
 
@@ -80,7 +81,7 @@ class Samples:
 
         A block is overwritten by the next one.
         """
-        size = size or max(16, BLOCK_BYTES // (4 * self.width))
+        size = size or max(16, BLOCK_BYTES[self.device.type] // (4 * self.width))
         buffer = torch.empty(min(size, len(self)), self.width, device=self.device)
         for first in range(0, len(self), size):
             where = slice(first, min(first + size, len(self)))
@@ -134,7 +135,7 @@ def check(
 
 
 def _check_finite(split: str, features: np.ndarray) -> None:
-    rows = max(1, BLOCK_BYTES // (4 * features.shape[1]))
+    rows = max(1, BLOCK_BYTES["cpu"] // (4 * features.shape[1]))
     for first in range(0, len(features), rows):
         bad = np.argwhere(~np.isfinite(features[first : first + rows]))
         if len(bad):

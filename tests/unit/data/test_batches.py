@@ -11,7 +11,6 @@ from dcgan.data import batches
 from dcgan.data.batches import Batches, Images, normalise
 from dcgan.distributed import Place
 
-
 MODEL = Model(z_dim=3)
 
 

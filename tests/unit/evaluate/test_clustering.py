@@ -103,7 +103,7 @@ def test_separate_classes_are_found_and_input_is_left_alone():
 
 
 def test_clusters_are_the_split_of_lowest_inertia():
-    """Of all 511 ways to split ten images in two. One start alone finds another; the classes are a third."""
+    """Of all 511 ways to split ten images in two. Some starts alone find others; the classes are a third."""
     rng = np.random.default_rng(0)
     x, labels = rng.standard_normal((10, 2)).astype(np.float32), np.arange(10) % 2
     splits = [np.array(split) for split in itertools.product([0, 1], repeat=10) if 0 < sum(split) < 10]
@@ -112,7 +112,8 @@ def test_clusters_are_the_split_of_lowest_inertia():
     found = score(x[:6], labels[:6], x[6:], labels[6:], Evaluate(restarts=50))
     assert found == pytest.approx(best)
     assert best["clustering/accuracy"] < 1
-    assert found != score(x[:6], labels[:6], x[6:], labels[6:], Evaluate(restarts=1))
+    alone = [score(x[:6], labels[:6], x[6:], labels[6:], Evaluate(restarts=1, seed=seed)) for seed in range(20)]
+    assert any(one != found for one in alone)
 
 
 def test_a_data_set_without_test_images_is_clustered_whole():

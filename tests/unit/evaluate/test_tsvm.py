@@ -14,7 +14,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from dcgan.evaluate import tsvm
+from dcgan.evaluate import samples, tsvm
 from dcgan.evaluate.samples import Samples
 from dcgan.evaluate.tsvm import ANNEALED, TRIED, TSVM, anneal, score
 
@@ -241,7 +241,7 @@ def test_samples_are_fitted_and_scored_like_the_array_they_stand_for():
 def test_neither_blocks_nor_the_sketch_change_the_minimum(monkeypatch):
     x, partly, _ = blobs()
     whole = TSVM(C=0.1, tol=1e-12).fit(x, partly)
-    monkeypatch.setattr("dcgan.evaluate.samples.BLOCK_BYTES", 1)
+    monkeypatch.setitem(samples.BLOCK_BYTES, "cpu", 1)
     monkeypatch.setattr(tsvm, "SKETCH_ROWS", 2)
     parts = TSVM(C=0.1, tol=1e-12).fit(x, partly)
     np.testing.assert_allclose(parts.coef_, whole.coef_, atol=1e-4)

@@ -1,0 +1,135 @@
+"""k-means with k-means++ starts, all starts together: they share every pass over the features.
+
+Arthur and Vassilvitskii (2007) with the greedy trials of scikit-learn's `KMeans`, then Lloyd's iterations, as that does
+them. Features may be float16 and are read a block at a time, on a CPU or CUDA.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dcgan.evaluate.samples import Samples
+
+ITERATIONS = 300  # scikit-learn's
+ROWS = 1024  # compared at once on a CPU: fewer would read the centres too often
+TOLERANCE = 1e-4  # of the mean variance of a feature: how far the centres may still have moved in all; scikit-learn's
+
+
+class Clusters(NamedTuple):
+    """labels int64 (N,): each sample's cluster. inertia: the sum of squared distances to the own centre."""
+
+    labels: np.ndarray
+    inertia: float
+    iterations: int
+
+
+def kmeans(x: Samples, count: int, starts: int, seed: int) -> Clusters:
+    """The clustering of lowest inertia among `starts` of x into `count` clusters.
+
+    Raises ValueError if there are fewer samples than clusters.
+    """
+    if count > len(x):
+        raise ValueError(f"{len(x)} samples can't make {count} clusters")
+    squared = torch.cat([block.square().sum(1) for _, block in x.blocks()])
+    rng = np.random.default_rng(seed)
+    return lloyd(x, plus_plus(x, squared, count, starts, rng), squared)
+
+
+def plus_plus(x: Samples, squared: Tensor, count: int, starts: int, rng: np.random.Generator) -> Tensor:
+    """Centres (starts, count, F): each next one is the best of 2 + log(count) samples drawn by squared distance."""
+    trials = 2 + int(np.log(count))
+    centres = torch.empty(starts, count, x.width, device=x.device)
+    chosen = rng.integers(len(x), size=(starts, 1))
+    nearest = torch.full((starts, len(x)), torch.inf, device=x.device)
+    for number in range(count):
+        if number:
+            cumulated = nearest.double().cumsum(1)
+            where = torch.from_numpy(rng.random((starts, trials))).to(x.device) * cumulated[:, -1:]
+            chosen = torch.searchsorted(cumulated, where).clamp_(max=len(x) - 1).cpu().numpy()
+        rows, order = np.unique(chosen, return_inverse=True)
+        candidates = torch.cat([block.clone() for _, block in x.take(rows).blocks()])
+        candidates = candidates[torch.from_numpy(order.reshape(-1)).to(x.device)]
+        distances = squared_distances(x, candidates, squared).view(*chosen.shape, -1)
+        distances = torch.minimum(distances, nearest[:, None])
+        best = distances.sum(2, dtype=torch.float64).argmin(1)
+        every = torch.arange(starts, device=x.device)
+        nearest = distances[every, best]
+        centres[:, number] = candidates.view(*chosen.shape, -1)[every, best]
+    return centres
+
+
+def squared_distances(x: Samples, centres: Tensor, squared: Tensor) -> Tensor:
+    """(K, N) of samples (N, F), whose squared lengths are `squared` (N,), to centres (K, F)."""
+    found = torch.empty(len(centres), len(x), device=x.device)
+    lengths = centres.square().sum(1, keepdim=True)
+    for where, block in _blocks(x):
+        torch.addmm(lengths, centres, block.T, alpha=-2, out=found[:, where])
+    return found.add_(squared).clamp_(min=0)
+
+
+def lloyd(x: Samples, centres: Tensor, squared: Tensor) -> Clusters:
+    """Lloyd's iterations from centres (starts, K, F), until nothing changes or centres hardly move; the best start."""
+    starts, count, _ = centres.shape
+    limit = TOLERANCE * _mean_variance(x, squared)
+    labels = torch.full((starts, len(x)), -1, device=x.device)
+    going, iterations = torch.arange(starts, device=x.device), np.zeros(starts, np.int64)
+    for _ in range(ITERATIONS):
+        nearest, distances, sums = _assign(x, centres[going], squared)
+        iterations[going.cpu()] += 1
+        same = (nearest == labels[going]).all(1)
+        labels[going] = nearest
+        sizes = torch.stack([each.bincount(minlength=count) for each in nearest])
+        _refill(x, nearest, distances, sums, sizes)
+        moved = sums / sizes[:, :, None]
+        shift = (moved - centres[going]).square().sum((1, 2))
+        centres[going] = torch.where(same[:, None, None], centres[going], moved)
+        going = going[~same & (shift > limit)]
+        if not len(going):
+            break
+    labels, distances, _ = _assign(x, centres, squared)
+    inertia = distances.sum(1, dtype=torch.float64)
+    best = int(inertia.argmin())
+    return Clusters(labels[best].cpu().numpy(), float(inertia[best]), int(iterations[best]))
+
+
+def _assign(x: Samples, centres: Tensor, squared: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """For each start: each sample's nearest centre (S, N) and squared distance to it, and clusters' sums (S, K, F)."""
+    starts, count, width = centres.shape
+    flat = centres.view(-1, width)
+    half = flat.square().sum(1, keepdim=True) / 2
+    nearest = torch.empty(starts, len(x), dtype=torch.int64, device=x.device)
+    distances, sums = torch.empty(starts, len(x), device=x.device), torch.zeros_like(flat)
+    for where, block in _blocks(x):
+        scores = torch.addmm(half, flat, block.T, alpha=-1).view(starts, count, -1)
+        found, own = scores.min(1)
+        nearest[:, where], distances[:, where] = own, found
+        sums.addmm_(torch.zeros_like(scores).scatter_(1, own[:, None], 1).view(len(flat), -1), block)
+    return nearest, distances.mul_(2).add_(squared).clamp_(min=0), sums.view(starts, count, width)
+
+
+def _refill(x: Samples, nearest: Tensor, distances: Tensor, sums: Tensor, sizes: Tensor) -> None:
+    """Give each empty cluster the sample that is furthest from its centre, in place of who had it; as scikit-learn."""
+    for start in (sizes == 0).any(1).nonzero().flatten().tolist():
+        empty = (sizes[start] == 0).nonzero().flatten()
+        for cluster, row in zip(empty, distances[start].topk(len(empty)).indices, strict=True):
+            (_, sample), *_ = x.take(row.cpu().numpy()[None]).blocks()
+            old = nearest[start, row]
+            sums[start, old] -= sample[0]
+            sums[start, cluster] = sample[0]
+            sizes[start, old] -= 1
+            sizes[start, cluster] = 1
+
+
+def _mean_variance(x: Samples, squared: Tensor) -> Tensor:
+    """Of a feature over the samples."""
+    total = torch.zeros(x.width, dtype=torch.float64, device=x.device)
+    for _, block in x.blocks():
+        total += block.sum(0, dtype=torch.float64)
+    return (squared.sum(dtype=torch.float64) / len(x) - (total / len(x)).square().sum()) / x.width
+
+
+def _blocks(x: Samples) -> Iterator[tuple[slice, Tensor]]:
+    return x.blocks(ROWS if x.device.type == "cpu" else 0)
