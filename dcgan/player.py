@@ -67,7 +67,8 @@ class Player:
         """The first steps are played beside the default stream, as a recording needs it; the next one is recorded."""
         kind = self.game.kind(step)
         played = self._played[kind] = self._played.get(kind, 0) + 1
-        with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True):
+        cudnn = torch.backends.cudnn
+        with cudnn.flags(enabled=True, benchmark=True, allow_tf32=cudnn.allow_tf32):
             if played <= (WARM_UP if self.game.place.world == 1 else WARM_UP_OF_RANKS):
                 stream.wait_stream(torch.cuda.current_stream())
                 with torch.cuda.stream(stream):
