@@ -85,10 +85,14 @@ class _Recorded:
     def __init__(self, function: Callable[[Batch], None], batch: Batch, stream: torch.cuda.Stream) -> None:
         self.inputs = Batch(*(part.clone() for part in batch))
         self.graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
-        # thread_local: other threads may copy a checkpoint or allocate meanwhile
-        with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
-            function(self.inputs)
+        try:
+            # thread_local: other threads may copy a checkpoint or allocate meanwhile
+            with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
+                function(self.inputs)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"a step can't be recorded as a CUDA graph; compute.graph=false does without: {error}"
+            ) from error
 
     def __call__(self, batch: Batch) -> None:
         for mine, theirs in zip(self.inputs, batch, strict=True):

@@ -184,7 +184,7 @@ def test_no_process_survives_its_driver_and_nothing_is_written_to_the_users_home
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
     )
-    _until((tmp_path / "working").exists, 120)
+    _until((tmp_path / "working").exists, 300)
     assert len(_processes(marker)) > 3
 
     try:

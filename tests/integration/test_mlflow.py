@@ -255,7 +255,7 @@ def test_follow_delivers_while_training_runs(new_run: Callable[..., Run]) -> Non
     assert grids(run) == [0, 6400]
 
 
-def _until(true: Callable[[], bool], seconds: float = 60) -> None:
+def _until(true: Callable[[], bool], seconds: float = 180) -> None:
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline

@@ -14,7 +14,15 @@ from dcgan.reproduce import measure, rows
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-WHOLE = (".ci/", "docs/", "tests/unit/", "tests/integration/", "tests/faults/", "tests/benchmarks/")  # one line each
+WHOLE = (
+    ".ci/",
+    "docs/",
+    "tests/unit/",
+    "tests/integration/",
+    "tests/faults/",
+    "tests/gpu/",
+    "tests/benchmarks/",
+)  # one line each
 
 
 SHELL = ("make", ".venv/bin/dcgan", "prefect", "torchrun")  # what a line of a shell block begins with

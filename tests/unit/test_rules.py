@@ -47,6 +47,7 @@ LAYERS: list[set[str]] = [
         "dcgan.settings",
         "dcgan.config",
         "dcgan.models",
+        "dcgan.numerics",
         "dcgan.pictures",
         "dcgan.charts",
         "dcgan.remote",
@@ -57,10 +58,12 @@ LAYERS: list[set[str]] = [
         "dcgan.distributed",
         "dcgan.wasserstein",
         "dcgan.step",
+        "dcgan.player",
+        "dcgan.sampling",
         "dcgan.checkpoint",
         "dcgan.mirror",
     },
-    {"dcgan.summary", "dcgan.tables", "dcgan.cluster", "dcgan.train", "dcgan.sampling", "dcgan.features"}
+    {"dcgan.summary", "dcgan.tables", "dcgan.cluster", "dcgan.keeper", "dcgan.train", "dcgan.features"}
     | {"dcgan.evaluate"},
     {"dcgan.tracking*", "dcgan.report"},
     {"dcgan.stages"},
