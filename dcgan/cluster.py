@@ -1,39 +1,34 @@
 """Ray Train: run a function in several worker processes, here or on an existing cluster, and restart what dies.
 
-The only module that imports ray, and it knows nothing of what it runs. RAY_ADDRESS names an existing cluster; without
-it a local Ray is started, guarded by a token of its own, and stopped again whatever happens. Each worker gets an
-equal share of the cores, a process group that is already initialised (gloo, or NCCL on GPUs) and the variables that
-torchrun sets. Ray's own checkpoints are not used: a restarted function finds its own.
+With cluster_search.py the only module that imports ray, and it knows nothing of what it runs. RAY_ADDRESS names an
+existing cluster; without it a local Ray is started, guarded by a token of its own, and stopped again whatever happens.
+Each worker gets an equal share of the cores, a process group that is already initialised (gloo, or NCCL on GPUs) and
+the variables that torchrun sets. Ray's own checkpoints are not used: a restarted function finds its own.
 """
 
-import json
 import logging
 import os
 import secrets
 import signal
 import tempfile
-import textwrap
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dcgan import storage
-from dcgan.config import Compute, digest
+from dcgan.config import Compute
 
 log = logging.getLogger(__name__)
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
-Json = dict[str, Any]  # what JSON can hold
 
 COLLECTIVE_TIMEOUT = 600  # seconds until a hung peer counts as dead: as long as Ray's own health check waits
 OBJECT_STORE = 2**27  # bytes; no image and no tensor passes through Ray, whose default is 30 % of the memory
 LOOPBACK = "127.0.0.2"  # Ray replaces 127.0.0.1 by the address of a network interface, which a laptop may lose
 START_ATTEMPTS = 3  # Ray gives its own processes 15 s to start; the next attempt finds the libraries in memory
 SOCKET = len("/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store")  # bytes below its directory
-RETRIES = 3  # of a trial whose process died, as often as `compute.max_failures` restarts training by default
 REPEATS = (ValueError, TypeError, LookupError, ArithmeticError, AssertionError)  # a restart would fail in the same way
 
 # Read by Ray when it is imported or started; what the user has set wins.
@@ -44,7 +39,7 @@ ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
-    # Tune: no tables on the screen, no copies of results, Ctrl-C is ours; told of a callback it imports MLflow.
+    # Tune (cluster_search.py): no tables, no copies of results, Ctrl-C is ours; told of a callback it imports MLflow.
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
@@ -103,13 +98,17 @@ def _remove_placement_groups(names: set[str]) -> None:
 
 
 def scatter(
-    function: Callable[[Job], Result], jobs: Sequence[Job], home: Path, concurrency: int | None = None
+    function: Callable[[Job], Result],
+    jobs: Sequence[Job],
+    home: Path,
+    concurrency: int | None = None,
+    device: str = "cpu",
 ) -> Iterator[Result]:
     """`function` of each job, in whatever order they end: Ray Data, a processor and a process a job.
 
     Jobs and results are pickled; both are small, what is large goes through files. A job whose process dies is done
-    again. concurrency: processes at most; None: every processor of the machine or the cluster. Raises what `function`
-    raised; other jobs are stopped then.
+    again. concurrency: processes at most; None: every processor of the machine or the cluster. device: as
+    `compute.device`, whether each has a GPU. Raises what `function` raised; other jobs are stopped then.
     """
     with session(home, 1):
         import ray
@@ -132,81 +131,13 @@ def scatter(
                     return {"result": None, "error": error}
 
         most = min(concurrency or int(ray.cluster_resources()["CPU"]), len(jobs))
+        gpus = int(_use_gpu(Compute(workers=most, device=device), int(ray.cluster_resources().get("GPU", 0))))
         pool = ActorPoolStrategy(size=most, max_tasks_in_flight_per_actor=3)
         data = ray.data.from_items([{"job": job} for job in jobs], override_num_blocks=len(jobs))
-        for row in data.map(Worker, num_cpus=1, compute=pool).iter_rows():
+        for row in data.map(Worker, num_cpus=1, num_gpus=gpus, compute=pool).iter_rows():
             if row["error"] is not None:
                 raise row["error"]
             yield row["result"]
-
-
-def search(
-    function: Callable[[Json], Json], trials: Sequence[Json], home: Path, directory: Path, gpus: float = 0
-) -> list[Json | None]:
-    """`function` of the settings of each trial, in their order: Ray Tune, a processor and `gpus` of a GPU a trial.
-
-    Settings and results are JSON, and the settings say all that decides the result: it is kept in `directory` under
-    their digest, and a search that was killed goes on from what is there. A trial whose process dies is done again, up
-    to RETRIES times. One that fails has the result None, a warning says why, and the next search tries it again.
-    Raises WorkerError if all fail, or ValueError before anything starts if Ray has no such GPU.
-    """
-    files = [directory / f"{digest(trial)}.json" for trial in trials]
-    missing = [trial for trial, file in zip(trials, files, strict=True) if not file.exists()]
-    log.info("%d trials, of which %d are done", len(trials), len(trials) - len(missing))
-    if missing:
-        with session(home, 1):
-            failures = _tune(function, missing, home, directory, gpus)
-        for failure in failures:
-            log.warning("a trial failed: %s", failure)
-        if len(failures) == len(trials):
-            raise WorkerError(f"all of {len(trials)} trials failed, the first: {failures[0]}")
-    return [json.loads(file.read_bytes()) if file.exists() else None for file in files]
-
-
-def _tune(
-    function: Callable[[Json], Json], trials: Sequence[Json], home: Path, directory: Path, gpus: float
-) -> list[str]:
-    """Write each trial's result into `directory`; returns why trials failed, a line each."""
-    import ray
-    from ray import tune
-
-    if gpus > ray.cluster_resources().get("GPU", 0):
-        raise ValueError(f"a trial needs {gpus} of a GPU, and Ray has none: search on the CPU")
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failures are said in a line each, by the caller
-
-    def attempt(config: Json) -> Json:
-        trial = config["trial"]
-        try:
-            storage.write_json(directory / f"{digest(trial)}.json", function(trial))
-        except (OSError, RuntimeError, *REPEATS) as error:  # Tune would try it again
-            return {"failure": _line(error)}
-        return {"failure": ""}
-
-    class Count(tune.Callback):  # type: ignore[misc]  # mypy follows no import of ray
-        def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            ended = 1 + sum(other.is_finished() for other in trials)  # this one is about to be
-            log.info("%d of %d trials have ended", ended, len(trials))
-
-    tuner = tune.Tuner(
-        tune.with_resources(attempt, {"cpu": 1, "gpu": gpus}),
-        param_space={"trial": tune.grid_search(list(trials))},
-        tune_config=tune.TuneConfig(reuse_actors=True),  # importing torch takes longer than many a trial
-        run_config=tune.RunConfig(
-            name=f"{directory.name}-{secrets.token_hex(4)}",
-            storage_path=str(home / "ray" / "tune"),
-            failure_config=tune.FailureConfig(max_failures=RETRIES),
-            callbacks=[Count()],
-            verbose=0,
-        ),
-    )
-    ends = [_line(end.error) if end.error else end.metrics["failure"] for end in tuner.fit()]
-    return [end for end in ends if end]
-
-
-def _line(error: BaseException) -> str:
-    """Its type and its message, without Ray's pages about a process that died."""
-    own = getattr(error, "cause", error)  # Ray wraps what the function raised
-    return f"{type(own).__name__}: {textwrap.shorten(str(own), 200)}"
 
 
 @contextmanager

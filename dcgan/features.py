@@ -1,18 +1,23 @@
 """Discriminator features: every convolution layer max-pooled to 4x4, flattened, concatenated (paper, section 5.1).
 
 BatchNorm is frozen to the statistics of real training images, the mean over batches, as in the original code; during
-training its running statistics mix real and generated images.
+training its running statistics mix real and generated images. Both that and the extraction are done in parts, which
+any number of processes may share: the features are the same.
 
     features/<source>-<step>-<fingerprint>/   of the images that are scored:
-        <split>-<layer>.npy                   float16 (N, channels * 16), one file a layer and split
-    export/discriminator.safetensors        the weights with those statistics
+        discriminator.safetensors             the net, with those statistics
+        <split>-<part>-<layer>.npy            float16 (n, channels * 16), one file a layer and PART images
+    export/discriminator.safetensors          that of the chosen checkpoint
     export/generator.safetensors
 """
 
 import json
+import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,8 +33,13 @@ from dcgan.models import Discriminator, Generator
 from dcgan.run import Run
 
 POOL = 4  # paper, section 5.1: each layer's maps are pooled to a 4x4 grid
+DISCRIMINATOR, GENERATOR = "discriminator.safetensors", "generator.safetensors"
 BATCH = 250  # divides the published data sets' sizes, so that calibration sees every image
+PART = 5_000  # images that one process does at a time
 CALIBRATION = 60_000  # images at most: every one of the published tables' data sets, a fiftieth of LSUN
+
+Maker = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]  # `map`, or what gives the jobs to others
+Statistics = tuple[int, list[np.ndarray]]
 
 
 class Extractor(nn.Module):
@@ -52,41 +62,71 @@ class Extractor(nn.Module):
         return torch.cat(self.layers(images), 1)
 
 
-@torch.no_grad()
 def calibrate(discriminator: Discriminator, store: Store, device: torch.device) -> None:
     """Replace BatchNorm's running statistics by their mean over batches of training images, in a fixed order."""
-    norms = [m for m in discriminator.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))]
+    _freeze(discriminator, [batch_statistics(discriminator, store, device, part) for part in _calibration_parts(store)])
+
+
+def _calibration_parts(store: Store) -> range:
+    return range(-(-min(store.count(*store.training), CALIBRATION) // PART))
+
+
+@torch.no_grad()
+def batch_statistics(discriminator: Discriminator, store: Store, device: torch.device, part: int) -> Statistics:
+    """Number of batches in a part of the training images, and for each BatchNorm the sums of their means and variances.
+
+    The images are those of positions `part` * PART on in one fixed shuffled order. The net's own statistics are lost.
+    """
+    norms = _norms(discriminator)
+    extractor = Extractor(discriminator.train().to(device))
+    images = Images(store, store.training)
+    order = batches.permutation(images.count, 0, 0)[:CALIBRATION][part * PART : (part + 1) * PART]
+    sums = [np.zeros((2, norm.num_features)) for norm in norms]
     momenta = [norm.momentum for norm in norms]
+    count = 0
     for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # PyTorch's cumulative average
-    extractor = Extractor(discriminator.train())
-    for images in _images(store, store.training, device, shuffle=True, most=CALIBRATION):
-        if len(images) > 1:  # a single image has no variance
-            extractor(images)
+        norm.momentum = 1.0  # the running statistics are then those of the last batch
+    for batch in _batches(images, order, device):
+        if len(batch) > 1:  # a single image has no variance
+            extractor(batch)
+            count += 1
+            for total, norm in zip(sums, norms, strict=True):
+                total += torch.stack([norm.running_mean, norm.running_var]).double().cpu().numpy()
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
+    return count, sums
+
+
+def _freeze(discriminator: Discriminator, found: Sequence[Statistics]) -> None:
+    count = sum(number for number, _ in found)
+    for norm, *parts in zip(_norms(discriminator), *(sums for _, sums in found), strict=True):
+        mean, variance = torch.from_numpy(sum(parts) / count)
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(variance)
     discriminator.eval()
 
 
-def extract(run: Run) -> None:
+def _norms(discriminator: Discriminator) -> list[Any]:
+    return [m for m in discriminator.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))]
+
+
+def extract(run: Run, maker: Maker = map) -> None:
     """Write the feature banks of the chosen checkpoint and of a random initialisation, and the exported weights.
 
     Banks that are there already, of the same checkpoint, are kept; those of another checkpoint are removed. Where no
-    image has a label nothing is scored, and the banks have no arrays.
+    image has a label nothing is scored, and the banks have no arrays. maker: what does the parts, in any order.
     """
-    store, scored, directory = run.store(), run.scored_store(), checkpoint.chosen(run)
-    device = torch.device("cuda" if torch.cuda.is_available() and run.experiment.compute.device != "cpu" else "cpu")
+    store, directory = run.store(), checkpoint.chosen(run)
     generator, trained, _ = checkpoint.load_nets(directory)
     _, random, _ = _untrained(run, store)
     wanted = {"discriminator": (trained, int(directory.name)), "random_init": (random, 0)}
     for source, (net, step) in wanted.items():
         bank = bank_of(run, source, step)
         if not (bank / storage.MANIFEST).is_file():
-            calibrate(net.to(device), store, device)
+            _write_bank(run, bank, net, {"source": source, "step": step}, maker)
             if source == "discriminator":
-                _export(run, generator, trained, store)
-            _write_bank(bank, Extractor(net), scored, device, {"source": source, "step": step})
+                _export(run.path / "export" / GENERATOR, generator, run, store)
+                _export(run.path / "export" / DISCRIMINATOR, net, run, store)
     for other in run.features.iterdir():
         if other not in {bank_of(run, source, step) for source, (_, step) in wanted.items()}:
             shutil.rmtree(other)
@@ -106,37 +146,53 @@ def _untrained(run: Run, store: Store) -> tuple[Generator, Discriminator, None]:
     return *nets, None
 
 
-@torch.no_grad()
-def _write_bank(bank: Path, extractor: Extractor, store: Store, device: torch.device, metadata: dict) -> None:
+def _write_bank(run: Run, bank: Path, net: Discriminator, metadata: dict, maker: Maker) -> None:
+    store, scored = run.store(), run.scored_store()
     with storage.staging(bank.parent) as staged:
-        for split in store.scored:
-            count = store.count(split)
-            arrays = [
-                np.lib.format.open_memmap(
-                    staged / f"{split}-{layer}.npy", "w+", np.float16, (count, channels * POOL * POOL)
-                )
-                for layer, channels in enumerate(extractor.discriminator.channels)
-            ]
-            done = 0
-            for images in _images(store, (split,), device):
-                for array, layer in zip(arrays, extractor.layers(images), strict=True):
-                    array[done : done + len(images)] = layer.cpu().numpy()
-                done += len(images)
-            for array in arrays:
-                array.flush()
-        storage.seal(staged, metadata | {"fingerprint": store.fingerprint})
+        weights = staged / DISCRIMINATOR
+        _export(weights, net, run, store)
+        parts = _calibration_parts(store)
+        found = dict(maker(partial(_calibrate_part, str(run.path), str(weights)), parts))
+        _freeze(net, [found[part] for part in parts])
+        _export(weights, net, run, store)
+        jobs = [(split, part) for split in scored.scored for part in range(-(-scored.count(split) // PART))]
+        for _ in maker(partial(_extract_part, str(run.path), str(weights)), jobs):
+            pass
+        storage.seal(staged, metadata | {"fingerprint": scored.fingerprint})
         storage.publish(staged, bank)
 
 
-def _images(
-    store: Store, splits: Sequence[str], device: torch.device, shuffle: bool = False, most: int | None = None
-) -> Iterator[Tensor]:
-    """The splits' images in order, or `most` in one fixed shuffled order, normalised, a batch at a time."""
-    source = Images(store, splits)
-    order = (batches.permutation(source.count, 0, 0) if shuffle else np.arange(source.count))[:most]
-    for start in range(0, len(order), BATCH):
-        images = torch.from_numpy(source.gather(order[start : start + BATCH]))
-        yield normalise(images.to(device))
+def _calibrate_part(run_path: str, weights: str, part: int) -> tuple[int, Statistics]:
+    run = Run.open(Path(run_path))
+    return part, batch_statistics(load_extractor(Path(weights)).discriminator, run.store(), _device(run), part)
+
+
+@torch.no_grad()
+def _extract_part(run_path: str, weights: str, job: tuple[str, int]) -> None:
+    """Write the arrays of a part of a split beside the weights."""
+    split, part = job
+    run = Run.open(Path(run_path))
+    images, device = Images(run.scored_store(), (split,)), _device(run)
+    extractor = load_extractor(Path(weights)).to(device)
+    rows = np.arange(images.count)[part * PART : (part + 1) * PART]
+    arrays = [np.empty((len(rows), channels * POOL**2), np.float16) for channels in extractor.discriminator.channels]
+    done = 0
+    for batch in _batches(images, rows, device):
+        for array, layer in zip(arrays, extractor.layers(batch), strict=True):
+            array[done : done + len(batch)] = layer.half().cpu().numpy()
+        done += len(batch)
+    for number, array in enumerate(arrays):
+        np.save(Path(weights).parent / f"{split}-{part:05d}-{number}.npy", array)
+
+
+def _batches(images: Images, rows: np.ndarray, device: torch.device) -> Iterator[Tensor]:
+    """Those images in order, normalised, BATCH at a time."""
+    for start in range(0, len(rows), BATCH):
+        yield normalise(torch.from_numpy(images.gather(rows[start : start + BATCH])).to(device))
+
+
+def _device(run: Run) -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() and run.experiment.compute.device != "cpu" else "cpu")
 
 
 def read_bank(run: Run, source: str, step: int, split: str) -> np.ndarray:
@@ -145,21 +201,27 @@ def read_bank(run: Run, source: str, step: int, split: str) -> np.ndarray:
     Raises CorruptError if the bank is absent or damaged.
     """
     bank = bank_of(run, source, step)
-    manifest = storage.read_manifest(bank, hashes=False)
-    layers = sorted(
-        (n for n in manifest["files"] if n.startswith(f"{split}-")), key=lambda n: int(n[:-4].split("-")[1])
-    )
-    return np.concatenate([np.load(bank / name, mmap_mode="r") for name in layers], axis=1)
+    files = storage.read_manifest(bank, hashes=False)["files"]
+    found = [match for match in map(re.compile(rf"{re.escape(split)}-(\d+)-(\d+)\.npy").fullmatch, files) if match]
+    parts: dict[int, dict[int, np.ndarray]] = {}
+    for match in found:
+        parts.setdefault(int(match[1]), {})[int(match[2])] = np.load(bank / match[0], mmap_mode="r")
+    rows = [[layers[number] for number in sorted(layers)] for _, layers in sorted(parts.items())]
+    features = np.empty((sum(len(row[0]) for row in rows), sum(layer.shape[1] for layer in rows[0])), np.float16)
+    done = 0
+    for row in rows:
+        np.concatenate(row, axis=1, out=features[done : done + len(row[0])])
+        done += len(row[0])
+    return features
 
 
-def _export(run: Run, generator: Generator, discriminator: Discriminator, store: Store) -> None:
+def _export(file: Path, net: Generator | Discriminator, run: Run, store: Store) -> None:
     from safetensors.torch import save
 
     shape = {"channels": store.channels, "classes": len(store.classes), "size": store.size}
     metadata = {"model": run.experiment.model.model_dump_json(), "images": json.dumps(shape)}
-    for name, net in (("generator", generator), ("discriminator", discriminator)):
-        weights = {key: value.contiguous().cpu() for key, value in net.state_dict().items()}
-        storage.write_bytes(run.path / "export" / f"{name}.safetensors", save(weights, metadata))
+    weights = {key: value.contiguous().cpu() for key, value in net.state_dict().items()}
+    storage.write_bytes(file, save(weights, metadata))
 
 
 def load_exported(file: Path) -> nn.Module:
@@ -172,7 +234,7 @@ def load_exported(file: Path) -> nn.Module:
     shape = json.loads(metadata["images"])
     model = Model.model_validate_json(metadata["model"])
     generator, discriminator = models.build(model, shape["channels"], shape["classes"], shape["size"], seed=0)
-    net = generator if file.stem == "generator" else discriminator
+    net = generator if file.name == GENERATOR else discriminator
     net.load_state_dict(state)
     return net.eval()
 

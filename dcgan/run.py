@@ -4,7 +4,7 @@ experiment.json   the experiment and the fingerprints of its image store and of 
 metrics.jsonl     one line every `train.log_every` steps
 checkpoints/      <step>/ and best.json
 samples/          <step>.png
-features/         <source>/<split>-<layer>.npy
+features/         <source>-<step>-<fingerprint>/, see dcgan/features.py
 scores/           <protocol>.json
 export/           weights as safetensors
 report.html       the page

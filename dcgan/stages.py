@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -151,10 +152,19 @@ def _progress(run: Run, report: Progress | None) -> Iterator[None]:
 
 
 def extract(run: Run) -> None:
-    """Write the feature banks of the chosen checkpoint and of the random initialisation: see `dcgan.features`."""
+    """Write the feature banks of the chosen checkpoint and of the random initialisation: see `dcgan.features`.
+
+    Two or more `compute.workers` are as many Ray processes, each with a GPU if Ray has them; else this process does it.
+    """
     from dcgan import features
 
-    features.extract(run)
+    compute = run.experiment.compute
+    if compute.workers < 2:
+        features.extract(run)
+        return
+    from dcgan import cluster
+
+    features.extract(run, partial(cluster.scatter, home=run.home, concurrency=compute.workers, device=compute.device))
 
 
 def protocols(run: Run) -> tuple[Protocol, ...]:

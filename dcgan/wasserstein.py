@@ -36,9 +36,9 @@ class Reference:
         return float(torch.stack([(ours - theirs).abs().mean() for ours, theirs in pairs]).mean())
 
     def _sorted(self, images: Tensor) -> list[Tensor]:
-        """For each level, the patches along each direction in ascending order, (M, DIRECTIONS)."""
+        """For each level, the patches along each direction in ascending order, (DIRECTIONS, M)."""
         generator = torch.Generator().manual_seed(self.seed)
-        return [_project(level, generator).sort(dim=0).values for level in _pyramid(images)]
+        return [_project(level, generator).sort().values for level in _pyramid(images)]
 
 
 def _pyramid(images: Tensor) -> list[Tensor]:
@@ -56,7 +56,7 @@ def _project(level: Tensor, generator: torch.Generator) -> Tensor:
     corners = torch.randint(side, (PATCHES, 2), generator=generator).tolist()
     patches = _normalise(_patches(level, corners))
     directions = torch.randn(patches.shape[1], DIRECTIONS, generator=generator)
-    return patches @ (directions / directions.norm(dim=0)).to(patches)
+    return (directions / directions.norm(dim=0)).T.to(patches) @ patches.T
 
 
 def _patches(images: Tensor, corners: list[list[int]]) -> Tensor:

@@ -191,8 +191,8 @@ def score(
     `supervised/validation_error`, `supervised/test_error`, `supervised/trial` and `supervised/epoch`, which were
     chosen, `supervised/failed`, how many trials failed or diverged, and the hyperparameters of the chosen.
 
-    `maker` runs the trials: in this process one after the other, or as `cluster.search` does. Images and each trial's
-    weights (4 MB at width 64 and 32 pixels) go through `directory`, which the caller may remove afterwards.
+    `maker` runs the trials: in this process one after the other, or as `cluster_search.search` does. Images and each
+    trial's weights (4 MB at width 64 and 32 pixels) go through `directory`, which the caller may remove afterwards.
     Raises ValueError for images or labels that don't fit, or a class with too few; RuntimeError if no trial learns.
     """
     _check(train, validation=validation, test=test)

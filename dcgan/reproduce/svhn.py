@@ -9,7 +9,7 @@ from functools import partial
 
 import numpy as np
 
-from dcgan import cluster, stages
+from dcgan import cluster_search, stages
 from dcgan.evaluate import knn, supervised, tsvm
 from dcgan.evaluate.published import PAPER
 from dcgan.evaluate.samples import device
@@ -125,7 +125,7 @@ def _search(setting: Setting) -> supervised.Maker:
     experiment = setting.experiment("svhn")
     if experiment.compute.workers == 0:
         return map
-    return partial(cluster.search, home=experiment.home, directory=setting.directory, gpus=GPUS[device()])
+    return partial(cluster_search.search, home=experiment.home, directory=setting.directory, gpus=GPUS[device()])
 
 
 def _labels(per_class: int) -> str:

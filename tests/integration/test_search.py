@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dcgan import cluster
+from dcgan import cluster, cluster_search
 from dcgan.config import Model
 from dcgan.evaluate import supervised
 
@@ -53,8 +53,8 @@ def test_results_are_in_order_and_what_fails_or_dies_stops_no_other(
         return {"square": number**2}
 
     trials = [{"number": number} for number in (4, 0, 1, 2)]
-    search = functools.partial(cluster.search, trial, trials, ray_home, tmp_path / "kept")
-    with caplog.at_level(logging.INFO, "dcgan.cluster"):
+    search = functools.partial(cluster_search.search, trial, trials, ray_home, tmp_path / "kept")
+    with caplog.at_level(logging.INFO, "dcgan.cluster_search"):
         found = search()
     assert found == [{"square": 16}, {"square": 0}, None, {"square": 4}]
     assert "a trial failed: ValueError: a cause in two lines" in caplog.messages
@@ -71,16 +71,16 @@ def test_that_all_fail_or_that_there_is_no_gpu_is_an_error(ray_home: Path, tmp_p
         raise ValueError("wrong")
 
     with pytest.raises(cluster.WorkerError, match=r"^all of 2 trials failed, the first: ValueError: wrong$"):
-        cluster.search(fail, [{"n": 0}, {"n": 1}], ray_home, tmp_path / "kept")
+        cluster_search.search(fail, [{"n": 0}, {"n": 1}], ray_home, tmp_path / "kept")
     with pytest.raises(ValueError, match=r"a trial needs 99 of a GPU, and Ray has"):
-        cluster.search(fail, [{"n": 0}], ray_home, tmp_path / "kept", gpus=99)
+        cluster_search.search(fail, [{"n": 0}], ray_home, tmp_path / "kept", gpus=99)
 
 
 def test_a_killed_search_goes_on_from_the_trials_that_are_done(ray_home: Path, tmp_path: Path) -> None:
     script = f"""
         import time
         from pathlib import Path
-        from dcgan import cluster
+        from dcgan.cluster_search import search
 
         def trial(settings):
             with Path({str(tmp_path)!r}, f"begun-{{settings['n']}}").open("a") as file:
@@ -89,7 +89,7 @@ def test_a_killed_search_goes_on_from_the_trials_that_are_done(ray_home: Path, t
                 time.sleep(600)
             return {{"n": settings["n"]}}
 
-        cluster.search(trial, [{{"n": n}} for n in range(6)], Path({str(tmp_path)!r}), Path({str(tmp_path / "kept")!r}))
+        search(trial, [{{"n": n}} for n in range(6)], Path({str(tmp_path)!r}), Path({str(tmp_path / "kept")!r}))
     """
     (tmp_path / "user").mkdir()
     environment = {**os.environ, "HOME": str(tmp_path / "user")}
@@ -119,7 +119,7 @@ def test_a_killed_search_goes_on_from_the_trials_that_are_done(ray_home: Path, t
             file.write("x")
         return {"n": settings["n"]}
 
-    found = cluster.search(trial, [{"n": n} for n in range(6)], ray_home, tmp_path / "kept")
+    found = cluster_search.search(trial, [{"n": n} for n in range(6)], ray_home, tmp_path / "kept")
     assert found == [{"n": n} for n in range(6)]
     again = {name for name, count in attempts(tmp_path).items() if count > begun.get(name, 0)}
     assert again == {"begun-3", "begun-4", "begun-5"}
@@ -132,5 +132,5 @@ def test_the_supervised_baseline_is_the_same_as_without_ray(ray_home: Path, tmp_
     images = rng.integers(0, 200, (60, 1, 28, 28), np.uint8) + (labels * 20).astype(np.uint8)[:, None, None, None]
     splits = [(images[part::3], labels[part::3]) for part in range(3)]
     score = functools.partial(supervised.score, *splits, Model(width=2), labels_per_class=8, trials=2, epochs=3)
-    by_ray = functools.partial(cluster.search, home=ray_home, directory=tmp_path / "ray")
+    by_ray = functools.partial(cluster_search.search, home=ray_home, directory=tmp_path / "ray")
     assert score(tmp_path / "ray", maker=by_ray) == score(tmp_path / "here")

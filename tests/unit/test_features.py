@@ -1,5 +1,7 @@
 """Feature banks: pooled layers, BatchNorm frozen to the statistics of real images, exported weights."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -76,6 +78,29 @@ def test_banks_hold_every_image_in_order_and_both_sources(trained):
     assert control.shape == bank.shape == (20, 16 * (3 + 6))
     assert not np.allclose(control, bank, atol=1e-2)
     assert features.read_bank(trained, "discriminator", 4, "train").shape[0] == 60
+
+
+def test_who_does_the_parts_and_in_which_order_changes_nothing(trained, monkeypatch, tmp_path):
+    monkeypatch.setattr(features, "PART", 16)  # several of each split, the last one smaller
+    monkeypatch.setattr(features, "BATCH", 8)
+    kept = dict.fromkeys((trained.features, trained.path / "export"))
+    for directory in kept:
+        shutil.move(directory, tmp_path / directory.name)
+    try:
+        found = []
+        for maker in (map, lambda work, jobs: [work(job) for job in reversed(list(jobs))]):
+            shutil.rmtree(trained.features, ignore_errors=True)
+            features.extract(trained, maker)
+            found.append({file.name: file.read_bytes() for file in trained.features.glob("*/*.npy")})
+            bank = features.read_bank(trained, "discriminator", 4, "train")
+        assert found[0] == found[1]
+        assert {"train-00003-1.npy", "test-00001-0.npy"} <= found[0].keys()
+        whole = np.concatenate([np.load(next(trained.features.glob(f"disc*/train-{i:05d}-1.npy"))) for i in range(4)])
+        assert np.array_equal(bank[:, -whole.shape[1] :], whole)
+    finally:
+        for directory in kept:
+            shutil.rmtree(directory, ignore_errors=True)
+            shutil.move(tmp_path / directory.name, directory)
 
 
 def test_extraction_is_not_repeated_but_follows_the_chosen_checkpoint(trained):
