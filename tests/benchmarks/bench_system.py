@@ -1,9 +1,9 @@
 """What the system adds to the bare loop: python tests/benchmarks/bench_system.py [--help]
 
 Bare: batches of a store of 50,000 random images through the step, nothing else, in this process. System: the same steps
-as a run has them, in a Ray Train worker: lines of metrics every 50 steps, moving average, sample grid, and a checkpoint with its
-distance. Both in turn; a pair's ratio is the seconds from the first step to the end of the last, the last checkpoint
-on disk. Then the parts of it, each measured alone.
+as a run has them, in a Ray Train worker: lines of metrics every 50 steps, moving average, sample grid, and a checkpoint
+with its distance. Both in turn; a pair's ratio is that of the seconds from the first step to the end of the last, the
+last checkpoint on disk. First the parts of it, each measured alone.
 """
 
 import argparse
