@@ -36,9 +36,10 @@ run: .venv/installed
 	@mkdir -p $(PREFECT_HOME)
 	@$(BIN)/python -m flows.train_eval $(PRESET) $(SET)
 
-# Three files of tests at a time on two cores: for most of their time they wait for a server to start or to die.
+# The slower suites a file in a process, three at a time, large ones first: mostly they wait for servers to start or to die.
 test: check
-	$(BIN)/pytest -n 3 --dist loadfile
+	@ls -dS tests/integration/test_*.py tests/faults/test_*.py tests/unit | xargs -P 3 -I@ sh -c \
+	  'found=$$($(BIN)/pytest -q @ 2>&1); code=$$?; printf "%s\n%s\n" "@" "$$found"; exit $$code'
 
 check: .venv/installed
 	$(BIN)/ruff check

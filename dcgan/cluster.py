@@ -34,6 +34,7 @@ REPEATS = (ValueError, TypeError, LookupError, ArithmeticError, AssertionError) 
 # Read by Ray when it is imported or started; what the user has set wins.
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # or a thread of Ray Data that outlives its session starts a Ray of its own
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # workers stay in the working directory, so that relative paths hold
     # Together they cut the stop of a training run from 5 s to 1 s; preemption is noticed by the worker's death.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
