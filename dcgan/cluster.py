@@ -6,6 +6,7 @@ Each worker gets an equal share of the cores, a process group that is already in
 the variables that torchrun sets. Ray's own checkpoints are not used: a restarted function finds its own.
 """
 
+import importlib
 import logging
 import os
 import secrets
@@ -60,6 +61,9 @@ def launch(function: Callable[..., None], arguments: tuple, compute: Compute, ho
     Raises WorkerError, or ValueError before anything starts if Ray lacks the CPUs or GPUs that were asked for.
     """
     log.info("starting %d Ray worker%s", compute.workers, "" if compute.workers == 1 else "s")
+    _prepare()
+    # Four seconds of imports, while Ray's servers start.
+    threading.Thread(target=importlib.import_module, args=("ray.train.torch",), name="imports", daemon=True).start()
     for attempts_left in range(compute.max_failures, -1, -1):
         with session(home, compute.workers):
             from ray.exceptions import RayActorError
@@ -141,19 +145,24 @@ def scatter(
             yield row["result"]
 
 
-@contextmanager
-def session(home: Path, workers: int) -> Iterator[None]:
-    """Ray, initialised: what this process already has, else the cluster at RAY_ADDRESS, else a local one of its own."""
-    address = os.environ.get("RAY_ADDRESS", "local")
+def _prepare() -> None:
+    """Set what Ray reads when it is imported."""
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
-    if address == "local":
+    if "RAY_ADDRESS" not in os.environ:
         # Ray's agents would outlive a killed driver by a minute, waiting for a server that died with it. But every
         # process gives up, and exits without a word, if the server takes longer to start: eight seconds were seen.
         os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "20")
         if "RAY_AUTH_MODE" not in os.environ:
             # A token of this process's own: by default Ray writes one to ~/.ray; without one any user can run code.
             os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+
+
+@contextmanager
+def session(home: Path, workers: int) -> Iterator[None]:
+    """Ray, initialised: what this process already has, else the cluster at RAY_ADDRESS, else a local one of its own."""
+    _prepare()
+    address = os.environ.get("RAY_ADDRESS", "local")
     import ray
 
     if ray.is_initialized():
@@ -200,6 +209,7 @@ def _trainer(function: Callable[..., None], arguments: tuple, compute: Compute, 
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
     from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
     class StopOnRepeat(UserCallback):  # type: ignore[misc]  # mypy follows no import of ray
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
@@ -227,6 +237,10 @@ def _trainer(function: Callable[..., None], arguments: tuple, compute: Compute, 
     )
     # Its handler of Ctrl-C swallows it; without one, KeyboardInterrupt is raised and the session is closed on the way.
     trainer._register_sigint_handler = lambda controller: None
+    if "RAY_ADDRESS" not in os.environ:
+        # It frees the CPUs of a controller that died, takes 3 s to start, and a local Ray ends with its driver.
+        unneeded, create = PlacementGroupCleanerCallback, trainer._create_default_callbacks
+        trainer._create_default_callbacks = lambda: [one for one in create() if not isinstance(one, unneeded)]
     return trainer
 
 
