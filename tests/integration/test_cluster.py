@@ -1,5 +1,6 @@
 """Real Ray Train workers: they find one another, are restarted when killed, and say why they failed."""
 
+import functools
 import json
 import os
 import shutil
@@ -7,14 +8,14 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import fabricated
 import pytest
 import ray_nodes
 
-from dcgan import cluster
+from dcgan import cluster, features
 from dcgan.config import Compute
 from dcgan.run import Run
 
@@ -157,63 +158,13 @@ def test_two_workers_on_two_nodes_train_what_they_train_on_one(home: Path, tmp_p
     assert [line["step"] for line in ours] == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_no_process_survives_its_driver_and_nothing_is_written_to_the_users_home(
-    tmp_path: Path, sent: signal.Signals
-) -> None:
-    script = f"""
-        import signal, time
-        from pathlib import Path
-        from dcgan import cluster
-        from dcgan.config import Compute
-
-        def work(file):
-            Path(file).touch()
-            time.sleep(600)
-
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
-        cluster.launch(work, ({str(tmp_path / "working")!r},), Compute(device="cpu"), Path({str(tmp_path)!r}), "long")
-    """
-    (tmp_path / "user").mkdir()
-    marker = f"DCGAN_TEST_MARKER={tmp_path}"
-    environment = {**os.environ, "HOME": str(tmp_path / "user"), "DCGAN_TEST_MARKER": str(tmp_path)}
-    environment.pop("RAY_AUTH_MODE", None)
-    driver = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(script)],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
-    _until((tmp_path / "working").exists, 300)
-    assert len(_processes(marker)) > 3
-
-    try:
-        driver.send_signal(sent)
-        driver.wait(60)
-        assert driver.returncode != 0
-        deadline = time.monotonic() + 120
-        while survivors := _processes(marker):
-            assert time.monotonic() < deadline, f"not gone within 120 s: {survivors}"
-            time.sleep(0.2)
-    finally:
-        driver.kill()
-    assert list((tmp_path / "user").iterdir()) == []
-
-
-def _processes(marker: str) -> list[str]:
-    """The command lines of the living processes that have inherited the marker."""
+def test_features_of_several_processes_are_those_of_one(ray_home: Path, home: Path) -> None:
+    run = fabricated.new_run(home, ["model.width=2"])
+    fabricated.save(run, 600)
     found = []
-    for directory in Path("/proc").glob("[0-9]*"):
-        try:
-            if marker.encode() in (directory / "environ").read_bytes().split(b"\0"):
-                found.append((directory / "cmdline").read_text().replace("\0", " "))
-        except (FileNotFoundError, ProcessLookupError, PermissionError):
-            continue
-    return [command for command in found if command]
-
-
-def _until(condition: object, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < deadline, f"not within {seconds} s"
-        time.sleep(0.2)
+    for maker in (map, functools.partial(cluster.scatter, home=ray_home, concurrency=2)):
+        features.extract(run, maker)
+        found.append({file.relative_to(run.features): file.read_bytes() for file in run.features.glob("*/*.npy")})
+        shutil.rmtree(run.features)
+    assert found[0] == found[1]
+    assert len(found[0]) == 12, "three layers of two splits in two banks"
