@@ -8,13 +8,16 @@ request each of our choices undone alone. Needs torch, numpy and pydantic.
 import argparse
 import json
 import statistics
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from tutorial import Tutorial
+from tutorial import Tutorial, loaded
 
 from dcgan import models
 from dcgan.config import Model, Train
@@ -120,6 +123,58 @@ def compare(size: int, count: int, device: torch.device, pairs: int, block: floa
     return found
 
 
+def compare_inputs(size: int, count: int, device: torch.device, pairs: int, block: float, images: int = 20_000) -> None:
+    """Both with their own input: ImageFolder and a DataLoader of two processes on PNG files, our batches on a store."""
+    from dcgan.data.batches import Batches
+    from dcgan.data.store import Description
+
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from fabricated import write_store
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as directory:
+        tree, pixels = Path(directory, "tree", "class"), []
+        tree.mkdir(parents=True)
+        for number in range(images):  # smooth, as photographs are
+            coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8))
+            picture = coarse.resize((size, size), Image.Resampling.BICUBIC)
+            picture.save(tree / f"{number:05d}.png")
+            pixels.append((np.asarray(picture).transpose(2, 0, 1), 0))
+        description = Description("smooth", ("class",), size, 3, "none")
+        store = write_store(Path(directory, "home"), description, {"train": pixels, "test": pixels[:2]})
+        eager, theirs = Tutorial(size, device), loaded(str(tree.parent), size, count)
+        play = ours(size, count, device)
+        stream = Batches(store, ("train",), count, 0, play.game.place, Model(z="normal")).from_step(0)
+        steps = {"eager": 0, "ours": 0}
+
+        def one(name: str) -> None:
+            if name == "eager":
+                eager(next(theirs))
+            else:
+                play.play(steps[name], next(stream))
+                steps[name] += 1
+
+        times: dict[str, list[float]] = {name: [] for name in steps}
+        for pair in range(pairs + 1):
+            for name in steps:
+                number, began = 0, time.perf_counter()
+                while time.perf_counter() - began < block or number < 2:
+                    one(name)
+                    number += 1
+                wait(device)
+                if pair:
+                    times[name].append((time.perf_counter() - began) / number)
+        stream.close()
+    ratios = sorted(e / t for e, t in zip(times["eager"], times["ours"], strict=True))
+    eager_ms, ours_ms = (1e3 * statistics.median(times[name]) for name in times)
+    print(
+        f"{size} px, batch {count}, each with its own input: eager {eager_ms:.1f} ms, ours {ours_ms:.1f} ms: "
+        f"{statistics.median(ratios):.2f}x ({ratios[0]:.2f} to {ratios[-1]:.2f})",
+        flush=True,
+    )
+
+
 def profile(size: int, count: int, device: torch.device, steps: int = 20) -> None:
     """Where the time of our steps goes, by kernel or operator."""
     play, data = ours(size, count, device), batches(size, count, device)
@@ -149,6 +204,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=9, help="pairs of blocks (default %(default)s)")
     parser.add_argument("--block", type=float, default=1.0, help="seconds a block (default %(default)s)")
     parser.add_argument("--variants", nargs="+", default=["ours"], choices=[*VARIANTS, "all"])
+    parser.add_argument("--input", action="store_true", help="also compare both with their own input")
     parser.add_argument("--profile", action="store_true", help="list what our step is made of, and time nothing")
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
@@ -174,6 +230,8 @@ def main() -> None:
                     f"{share:.1%} of the bfloat16 product {ratio}",
                     flush=True,
                 )
+            if chosen.input:
+                compare_inputs(size, count, device, chosen.pairs, 4 * chosen.block)
     if chosen.json:
         chosen.json.write_text(json.dumps({"peaks": rates, "results": results}, indent=2) + "\n")
 

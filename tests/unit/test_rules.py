@@ -46,6 +46,7 @@ LAYERS: list[set[str]] = [
         "dcgan.storage",
         "dcgan.settings",
         "dcgan.config",
+        "dcgan.convolution",
         "dcgan.models",
         "dcgan.numerics",
         "dcgan.pictures",
