@@ -21,13 +21,14 @@ def numerics(settings: Train, device: torch.device) -> Numerics:
     """Those of `train.precision` and `train.memory_format`; for auto, what docs/performance.md measured to be fastest.
 
     bfloat16 where the processor multiplies in it: CUDA from compute capability 8.0 on, x86 with AVX-512 BF16 or AMX.
-    Elsewhere it is converted before each operation and slower than float32. Channels last with it, contiguous without.
+    Elsewhere it is converted before each operation and slower than float32. Channels last with it and on every CPU.
     """
     dtype = torch.bfloat16 if settings.precision == "bfloat16" else torch.float32
     if settings.precision == "auto" and _multiplies_bfloat16(device):
         dtype = torch.bfloat16
     if settings.memory_format == "auto":
-        return Numerics(dtype, torch.channels_last if dtype == torch.bfloat16 else torch.contiguous_format)
+        last = dtype == torch.bfloat16 or device.type == "cpu"
+        return Numerics(dtype, torch.channels_last if last else torch.contiguous_format)
     return Numerics(dtype, FORMATS[settings.memory_format])
 
 
