@@ -1,8 +1,8 @@
 """Strided convolutions whose weight gradient is one product of matrices, where that is faster than the library's.
 
-For the weight gradient of small maps with many channels oneDNN takes 1.3 to 1.4 times as long in float32 with AVX2, and
-two to five times in bfloat16 with AMX, as the product of the output's gradient with the input's patches does. Everything
-else stays the library's, and so do the numbers: the same sums in another order.
+For the weight gradient of small maps with many channels oneDNN takes 1.3 to 1.4 times as long in float32 with AVX2,
+and two to five times in bfloat16 with AMX, as the product of the output's gradient with the input's patches does.
+Everything else stays the library's, and so do the numbers: the same sums in another order.
 """
 
 from typing import Any

@@ -135,7 +135,7 @@ class Train(Section):
     )
     memory_format: Literal["auto", "contiguous", "channels_last"] = Field(
         "auto",
-        description="order of the values of images and weights in memory; auto: channels_last on CPUs and with bfloat16",
+        description="order of values in memory; auto: channels_last on CPUs and with bfloat16",
     )
     seed: int = Field(0, ge=0, lt=2**32, description="of the weights, the order of images, and z")
     log_every: int = Field(50, ge=1, description="steps between lines of metrics.jsonl")
