@@ -1,6 +1,7 @@
 # make run     train and score a DCGAN on real handwritten digits: pictures and a table in a few minutes
 # make test    lint, types and every test
 # make check   lint and types
+# make bench   training beside PyTorch's DCGAN tutorial on this machine, into docs/performance.md: half an hour on 2 cores
 # make ui      MLflow and Prefect in the browser, over all that has been run, until Ctrl-C
 # make up      Prefect, MLflow and a worker in the background, with everything of prefect.yaml deployed
 # make down    stop them
@@ -21,7 +22,7 @@ export PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS = 180
 export DO_NOT_TRACK = 1
 export MLFLOW_DISABLE_TELEMETRY = true
 
-.PHONY: help run test check ui up down
+.PHONY: help run test check bench ui up down
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -45,6 +46,9 @@ check: .venv/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+bench: .venv/installed
+	@$(BIN)/python tests/benchmarks/performance.py
 
 ui up: .venv/installed
 	@$(BIN)/python infra/local.py $@

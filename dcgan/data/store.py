@@ -209,7 +209,7 @@ class Store:
         """How many images the splits have together."""
         return sum(self.manifest["counts"][split] for split in splits)
 
-    def shards(self, *splits: str) -> list[np.ndarray]:
+    def shards(self, *splits: str) -> list[np.memmap]:
         """Memory maps of the splits' shards in order, each uint8 (n, C, H, W)."""
         return [np.load(self.path / name, mmap_mode="r") for split in splits for name in self._names(split)]
 

@@ -69,15 +69,16 @@ def batches(size: int, count: int, device: torch.device, number: int = 8) -> lis
     ]
 
 
-def ours(size: int, count: int, device: torch.device, graph: bool = True, **settings: str) -> Player:
-    nets = models.build(Model(kernel=4, width=64, z="normal"), 3, 0, size, seed=0)
+def ours(size: int, count: int, device: torch.device, graph: bool = True, width: int = 64, **settings: str) -> Player:
+    nets = models.build(Model(kernel=4, width=width, z="normal"), 3, 0, size, seed=0)
     game = Game(*nets, Train(steps=10**9, batch_size=count, **settings), Place(0, 1, device))
     return Player(game, graph)
 
 
-def operations(size: int, count: int) -> int:
+def operations(size: int, count: int, width: int = 64) -> int:
     """Of one step, by PyTorch's count, on the CPU."""
-    play, (batch,) = ours(size, 2, torch.device("cpu"), precision="float32"), batches(size, 2, torch.device("cpu"), 1)
+    cpu = torch.device("cpu")
+    play, (batch,) = ours(size, 2, cpu, width=width, precision="float32"), batches(size, 2, cpu, 1)
     with FlopCounterMode(display=False) as counter:
         play.play(0, batch)
     return counter.get_total_flops() * count // 2
@@ -125,7 +126,7 @@ def compare(size: int, count: int, device: torch.device, pairs: int, block: floa
     return found
 
 
-def compare_inputs(size: int, count: int, device: torch.device, pairs: int, block: float, images: int = 20_000) -> None:
+def compare_inputs(size: int, count: int, device: torch.device, pairs: int, block: float, images: int = 20_000) -> dict:
     """Both with their own input: ImageFolder and a DataLoader of two processes on PNG files, our batches on a store."""
     from dcgan.data.batches import Batches
     from dcgan.data.store import Description
@@ -170,11 +171,8 @@ def compare_inputs(size: int, count: int, device: torch.device, pairs: int, bloc
         stream.close()
     ratios = sorted(e / t for e, t in zip(times["eager"], times["ours"], strict=True))
     eager_ms, ours_ms = (1e3 * statistics.median(times[name]) for name in times)
-    print(
-        f"{size} px, batch {count}, each with its own input: eager {eager_ms:.1f} ms, ours {ours_ms:.1f} ms: "
-        f"{statistics.median(ratios):.2f}x ({ratios[0]:.2f} to {ratios[-1]:.2f})",
-        flush=True,
-    )
+    middle = statistics.median(ratios)
+    return {"ratio": middle, "lowest": ratios[0], "highest": ratios[-1], "eager_ms": eager_ms, "ms": ours_ms}
 
 
 def profile(size: int, count: int, device: torch.device, steps: int = 20) -> None:
@@ -234,7 +232,12 @@ def main() -> None:
                     flush=True,
                 )
             if chosen.input:
-                compare_inputs(size, count, device, chosen.pairs, 4 * chosen.block)
+                row = compare_inputs(size, count, device, chosen.pairs, 4 * chosen.block)
+                print(
+                    f"{size} px, batch {count}, each with its own input: eager {row['eager_ms']:.1f} ms, ours "
+                    f"{row['ms']:.1f} ms: {row['ratio']:.2f}x ({row['lowest']:.2f} to {row['highest']:.2f})",
+                    flush=True,
+                )
     if chosen.json:
         chosen.json.write_text(json.dumps({"peaks": rates, "results": results}, indent=2) + "\n")
 

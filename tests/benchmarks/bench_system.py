@@ -12,14 +12,18 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import defaultdict
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from bench_step import wait
 from fabricated import write_store
 
 from dcgan import checkpoint, cluster, keeper, models, train
@@ -103,6 +107,47 @@ def system(run_path: str, out: str) -> None:
     Path(out).write_text(json.dumps(time.perf_counter() - began[0]))
 
 
+def stages(run: Run, steps: int = 20) -> dict[str, float]:
+    """Milliseconds a step of its stages, the device waited for after each and nothing recorded as a graph."""
+    place, settings = place_of(run), run.experiment.train
+    game, store = new_game(run, place, 0.0), run.store()
+    player = Player(game, graph=False)
+    spent: dict[str, float] = defaultdict(float)
+
+    def timed(stage: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            wait(place.device)
+            began = time.perf_counter()
+            result = work(*arguments)
+            wait(place.device)
+            spent[stage] += 1e3 * (time.perf_counter() - began) / steps
+            return result
+
+        return call
+
+    for stage, owner, name in (
+        ("G forward", game, "_generate"),
+        ("D", game, "_update_discriminator"),
+        ("G", game, "_update_generator"),
+        ("D optimizer", game.d_optimizer, "step"),
+        ("G optimizer", game.g_optimizer, "step"),
+    ):
+        setattr(owner, name, timed(stage, getattr(owner, name)))
+    data = Batches(store, store.training, settings.batch_size, settings.seed, place, run.experiment.model)
+    with closing(data.from_step(0)) as stream:
+        take = timed("input", stream.__next__)
+        for step in range(-5, steps):
+            if step == 0:
+                spent.clear()
+            player.play(step + 5, take())
+    return {
+        "input": spent["input"],
+        "discriminator": spent["D"] - spent["D optimizer"],
+        "generator": spent["G forward"] + spent["G"] - spent["G optimizer"],
+        "optimizers": spent["D optimizer"] + spent["G optimizer"],
+    }
+
+
 def parts(run: Run, repeats: int = 5) -> dict[str, float]:
     """Milliseconds of each thing that a run does beside its steps."""
     place = place_of(run)
@@ -132,6 +177,28 @@ def parts(run: Run, repeats: int = 5) -> dict[str, float]:
     return found
 
 
+def compare(home: Path, size: int, steps: int, pairs: int, device: str, here: bool = False) -> list[dict[str, float]]:
+    """Seconds of a pair's bare loop and of its system's."""
+    found = []
+    for pair in range(pairs):
+        seconds = {}
+        for work in (bare, system)[:: 1 - 2 * (pair % 2)]:  # who is first takes turns
+            run = open_run(home, size, steps, pair, device)
+            out = home / f"{work.__name__}.json"
+            arguments = (str(run.path), str(out))
+            if work is bare or here:
+                work(*arguments)
+            else:
+                cluster.launch(work, arguments, run.experiment.compute, home, f"system-{pair}")
+            seconds[work.__name__] = json.loads(out.read_text())
+        found.append(seconds)
+        added = 100 * (seconds["system"] / seconds["bare"] - 1)
+        print(
+            f"{steps} steps: bare {seconds['bare']:.2f} s, system {seconds['system']:.2f} s, {added:+.2f} %", flush=True
+        )
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto")
@@ -144,27 +211,11 @@ def main() -> None:
         home = Path(directory)
         make_store(home, chosen.size, 50_000)
         run = open_run(home, chosen.size, chosen.steps, 10**6, chosen.device)
-        for name, milliseconds in parts(run).items():
+        for name, milliseconds in (stages(run) | parts(run)).items():
             print(f"{name}: {milliseconds:.2f} ms", flush=True)
-        ratios = []
-        for pair in range(chosen.pairs):
-            seconds = {}
-            for work in (bare, system)[:: 1 - 2 * (pair % 2)]:  # who is first takes turns
-                run = open_run(home, chosen.size, chosen.steps, pair, chosen.device)
-                out = home / f"{work.__name__}.json"
-                arguments = (str(run.path), str(out))
-                if work is bare or chosen.here:
-                    work(*arguments)
-                else:
-                    cluster.launch(work, arguments, run.experiment.compute, home, f"system-{pair}")
-                seconds[work.__name__] = json.loads(out.read_text())
-            ratios.append(seconds["system"] / seconds["bare"])
-            print(
-                f"{chosen.steps} steps: bare {seconds['bare']:.2f} s, system {seconds['system']:.2f} s, "
-                f"{100 * (ratios[-1] - 1):+.2f} %",
-                flush=True,
-            )
-        print(f"the system adds {100 * (statistics.median(ratios) - 1):.2f} %, median of {chosen.pairs}")
+        pairs = compare(home, chosen.size, chosen.steps, chosen.pairs, chosen.device, chosen.here)
+        added = statistics.median(seconds["system"] / seconds["bare"] for seconds in pairs) - 1
+        print(f"the system adds {100 * added:.2f} %, median of {chosen.pairs}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Several workers: what a step sends, and two workers of one thread beside one of two: bench_workers.py [--help]
 
 The bytes are counted by a hook in front of each all-reduce. Speeds are those of torchrun's processes on this machine,
-with gloo on the loopback; runs take turns.
+with gloo on the loopback; runs take turns. A model of a step's time stands beside what it can be compared with here,
+and `--model` prints what it says of up to 64 GPUs. That is worked out, not measured.
 """
 
 import argparse
@@ -10,7 +11,6 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -37,7 +37,7 @@ def work(size: int, batch: int, steps: int) -> None:
         play = Player(Game(*nets, Train(steps=10**9, batch_size=batch), place), True)
         sent = [0]
 
-        def count(state: object, bucket: "dist.GradBucket") -> "torch.futures.Future[torch.Tensor]":
+        def count(state: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
             sent[0] += bucket.buffer().nbytes
             return default_hooks.allreduce_hook(None, bucket)  # type: ignore[arg-type]
 
@@ -65,12 +65,45 @@ def work(size: int, batch: int, steps: int) -> None:
             print(json.dumps({"seconds": seconds, "bytes": sent[0] / steps, "alone": alone}))
 
 
+# (name, bytes a second that a worker sends, seconds that a message takes besides); nominal, assumed
+LINKS = (("NVLink, 450 GB/s", 450e9, 5e-6), ("100 Gbit/s", 12.5e9, 2e-5), ("25 Gbit/s", 3.125e9, 2e-5))
+SUSTAINED = 100e12  # operations a second of one GPU: an assumption, a tenth of an H100's dense bfloat16 peak
+
+
+def exchange(workers: int, size: int, rate: float, latency: float) -> float:
+    """Seconds in which `workers` in a ring average `size` bytes: each sends 2 (n - 1) / n of them in as many messages.
+
+    Patarasuk and Yuan, Bandwidth optimal all-reduce algorithms for clusters of workstations, 2009.
+    """
+    return 2 * (workers - 1) * (size / workers / rate + latency)
+
+
+def model() -> None:
+    """A table of the share of the speed of n single GPUs that n together keep, 128 images each."""
+    from bench_step import operations
+
+    from dcgan import models
+    from dcgan.config import Model
+
+    print("| image, width | MB a step | step alone, ms | link | " + " | ".join(f"{n} GPUs" for n in (2, 8, 64)) + " |")
+    print("|---|---:|---:|---|---:|---:|---:|")
+    for size, width in ((32, 64), (64, 64), (64, 128), (128, 128)):
+        nets = models.build(Model(kernel=4, width=width, z="normal"), 3, 0, size, seed=0)
+        sent = 4 * sum(p.numel() for net in nets for p in net.parameters())
+        alone = operations(size, 128, width) / SUSTAINED
+        for where, rate, latency in LINKS:
+            kept = [alone / (alone + exchange(n, sent, rate, latency)) for n in (2, 8, 64)]
+            cells = " | ".join(f"{share:.0%}" for share in kept)
+            print(f"| {size} px, {width} | {sent / 1e6:.1f} | {1e3 * alone:.2f} | {where} | {cells} |")
+
+
 def run(workers: int, threads: int, size: int, batch: int, steps: int) -> dict[str, float]:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(workers), "--standalone"]
     command += [__file__, "--work", str(size), str(batch), str(steps)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
-    with tempfile.TemporaryFile() as errors:
-        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=errors, check=True, text=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -80,26 +113,32 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128, help="over all workers (default %(default)s)")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=8, help="of a run, about (default %(default)s)")
+    parser.add_argument("--model", action="store_true", help="print the table for GPUs, and time nothing")
     parser.add_argument("--work", type=int, nargs=3, metavar=("SIZE", "BATCH", "STEPS"), help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.work:
         work(*chosen.work)
         return
+    if chosen.model:
+        model()
+        return
     cores = len(os.sched_getaffinity(0))
     for size in chosen.size:
         steps = max(5, int(chosen.seconds / run(1, cores, size, chosen.batch, 5)["seconds"]))
-        ones, twos = [], []
+        ones, twos, halves = [], [], []
         for _ in range(chosen.pairs):
             ones.append(run(1, cores, size, chosen.batch, steps))
             twos.append(run(2, cores // 2, size, chosen.batch, steps))
+            halves.append(run(1, cores // 2, size, chosen.batch // 2, steps))
         ratios = sorted(a["seconds"] / b["seconds"] for a, b in zip(ones, twos, strict=True))
         alone = statistics.median(two["alone"] for two in twos)
-        one, two = (1e3 * statistics.median(each["seconds"] for each in runs) for runs in (ones, twos))
+        one, two, half = (1e3 * statistics.median(each["seconds"] for each in runs) for runs in (ones, twos, halves))
         print(
             f"{size} px, batch {chosen.batch}: {twos[0]['bytes'] / 1e6:.2f} MB a step and worker; 1 worker of {cores} "
             f"threads {one:.1f} ms, 2 workers of {cores // 2} {two:.1f} ms: "
             f"{statistics.median(ratios):.2f}x ({ratios[0]:.2f} to {ratios[-1]:.2f}); "
-            f"the exchange alone {1e3 * alone:.1f} ms",
+            f"the exchange alone {1e3 * alone:.1f} ms, half the batch on {cores // 2} threads alone {half:.1f} ms: "
+            f"together {half + 1e3 * alone:.1f} ms by the model",
             flush=True,
         )
 

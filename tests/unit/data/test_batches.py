@@ -1,5 +1,9 @@
 """What a step sees: a pure function of (seed, step, rank, world), tested without any process."""
 
+import mmap
+from itertools import pairwise
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -68,6 +72,31 @@ def test_images_and_labels_stay_together_across_shards(tmp_path, make_store, mon
     assert np.array_equal(labels.numpy(), store.labels("train")[rows])
     assert np.array_equal(z.numpy(), batches.noise("uniform", (30, 3), 0, 0))
     assert np.array_equal(Images(store, ("train",)).resident(torch.device("cpu")).numpy(), store.images("train"))
+
+
+def test_the_kernel_is_asked_for_the_images_of_a_batch_and_reads_nothing_beside_them(tmp_path, make_store, monkeypatch):
+    monkeypatch.setattr("dcgan.data.shards.BYTES", 8 * 64 * 64 * 3)
+    store = make_store(tmp_path, size=64, channels=3, train=30)
+    images = Images(store, ("train",))
+    mappings = Path("/proc/self/smaps").read_text().split("VmFlags:")  # proc(5); rr: random read advised
+    flags = [after.splitlines()[0].split() for before, after in pairwise(mappings) if f"{store.path}/train-0" in before]
+    assert len(flags) == len(images.shards) > 1
+    assert all("rr" in each for each in flags)
+    asked = []
+
+    class Asked:
+        def __init__(self, file):
+            self.file = file
+
+        def madvise(self, advice, start, length):
+            assert (advice, start % mmap.PAGESIZE) == (mmap.MADV_WILLNEED, 0)
+            asked.append(self.file.read_bytes()[start : start + length])
+
+    monkeypatch.setattr(images, "_maps", [Asked(Path(shard.filename)) for shard in images.shards])
+    for content, image in zip(asked, images.gather(np.arange(30)), strict=False):
+        assert image.tobytes() in content
+        assert len(content) < image.nbytes + 2 * mmap.PAGESIZE
+    assert len(asked) == 30
 
 
 def test_streams_of_neighbouring_numbers_differ_however_large_these_are():

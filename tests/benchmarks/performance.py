@@ -1,0 +1,143 @@
+"""Our training beside the eager loop on the machine at hand, into docs/performance.md: make bench
+
+Runs bench_step.py's and bench_system.py's measurements, keeps them as docs/performance/<processor>.json and draws the
+page's table and plot from all that is kept. What stands outside the page's marks stays.
+"""
+
+import argparse
+import json
+import re
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import bench_step
+import bench_system
+import matplotlib.pyplot as plt
+import torch
+
+from dcgan import storage
+from dcgan.config import Train
+from dcgan.numerics import numerics
+from dcgan.summary import environment
+
+BEGIN, END = "<!-- measured: written by `make bench`, changed by hand in vain -->", "<!-- end of measured -->"
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def measure(device: torch.device, sizes: list[int], pairs: int, steps: int) -> dict[str, Any]:
+    """All that the page shows of one machine. `steps`: of a run with the whole system around it; 0 leaves it out."""
+    around = environment()
+    chosen = numerics(Train(steps=1), device)
+    found: dict[str, Any] = {
+        "hardware": around["gpu"][0] if device.type == "cuda" else around["cpu"],
+        "torch": torch.__version__,
+        "commit": around["git_commit"][:12] + (" (changed)" if around["git_changed"] else ""),
+        "date": datetime.now(UTC).date().isoformat(),
+        "numerics": f"{chosen.dtype}, {chosen.memory_format}".replace("torch.", ""),
+        "product": bench_step.peak(chosen.dtype, device),
+        "step": [],
+    }
+    for size in sizes:
+        row = bench_step.compare(size, 128, device, pairs, 4.0, ["ours"])
+        inputs = bench_step.compare_inputs(size, 128, device, pairs, 4.0)
+        found["step"].append({"size": size, **row, "inputs": inputs})
+        print(json.dumps(found["step"][-1]), flush=True)
+    with tempfile.TemporaryDirectory() as directory:
+        home = Path(directory)
+        bench_system.make_store(home, sizes[0], 50_000)
+        run = bench_system.open_run(home, sizes[0], 1, 10**6, device.type)
+        found["stages"] = bench_system.stages(run) | bench_system.parts(run)
+        print(json.dumps(found["stages"]), flush=True)
+        if steps:
+            found["system"] = {
+                "steps": steps,
+                "pairs": bench_system.compare(home, sizes[0], steps, min(3, pairs), device.type),
+            }
+    return found
+
+
+def spread(row: dict[str, float]) -> str:
+    return f"**{row['ratio']:.2f}** ({row['lowest']:.2f} to {row['highest']:.2f})"
+
+
+def tables(records: list[dict[str, Any]]) -> str:
+    lines = [
+        "| machine | computes in | image | eager, ms | ours, ms | ours, images/s | of a matrix product's rate "
+        "| eager / ours | each with its own input |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for record in records:
+        for row in record["step"]:
+            ours = row["ours"]
+            share = ours["operations_per_second"] / record["product"]
+            lines.append(
+                f"| {record['hardware']} | {record['numerics']} | {row['size']} px | {row['eager']['ms']:.1f} "
+                f"| {ours['ms']:.1f} | {ours['images_per_second']:,.0f} | {share:.0%} of "
+                f"{record['product'] / 1e12:.2f} Top/s | {spread(ours)} | {spread(row['inputs'])} |"
+            )
+    lines += ["", "![Images a second](performance.svg)", "", "Milliseconds of a run's stages, 32 px, batch 128:", ""]
+    names = list(records[0]["stages"])
+    lines.append("| stage | " + " | ".join(record["hardware"] for record in records) + " |")
+    lines.append("|---|" + "---:|" * len(records))
+    for name in names:
+        lines.append(f"| {name} | " + " | ".join(f"{record['stages'][name]:.2f}" for record in records) + " |")
+    lines.append("")
+    for record in records:
+        origin = f"torch {record['torch']}; commit {record['commit']}; {record['date']}"
+        lines.append(f"- {record['hardware']}: {origin}{system(record)}")
+    return "\n".join(lines)
+
+
+def system(record: dict[str, Any]) -> str:
+    if "system" not in record:
+        return ""
+    added = [100 * (pair["system"] / pair["bare"] - 1) for pair in record["system"]["pairs"]]
+    each = ", ".join(f"{percent:+.1f}" for percent in added)
+    return f"; the whole system around {record['system']['steps']:,} steps in a Ray Train worker adds {each} %"
+
+
+def plot(records: list[dict[str, Any]], file: Path) -> None:
+    """Images a second of both, a group for each machine and size."""
+    rows = [(record["hardware"], row) for record in records for row in record["step"]]
+    plt.rcParams["svg.hashsalt"] = "performance"
+    figure, axes = plt.subplots(figsize=(8, 1 + 0.7 * len(rows)), layout="constrained")
+    for offset, name, colour in ((0.2, "eager", "#9aa5b1"), (-0.2, "ours", "#1f6feb")):
+        rates = [row[name]["images_per_second"] for _, row in rows]
+        bars = axes.barh([place + offset for place in range(len(rows))], rates, 0.38, label=name, color=colour)
+        axes.bar_label(bars, [f"{rate:,.0f}" for rate in rates], padding=3)
+    axes.set_yticks(range(len(rows)), [f"{hardware}\n{row['size']} px" for hardware, row in rows])
+    axes.set_xscale("log")
+    axes.margins(x=0.12)
+    axes.set_xlabel("images a second, batch 128 (logarithmic)")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(file, metadata={"Date": None})
+
+
+def write_page(docs: Path) -> None:
+    records = [json.loads(file.read_text()) for file in sorted((docs / "performance").glob("*.json"))]
+    plot(records, docs / "performance.svg")
+    page = docs / "performance.md"
+    before, _, rest = page.read_text().partition(BEGIN)
+    after = rest.partition(END)[2]
+    storage.write_bytes(page, f"{before}{BEGIN}\n\n{tables(records)}\n\n{END}{after}".encode())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--size", type=int, nargs="+", default=[32, 64])
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=300, help="of a run with the system around it; 0: none")
+    chosen = parser.parse_args()
+    found = measure(torch.device(chosen.device), chosen.size, chosen.pairs, chosen.steps)
+    name = re.sub(r"\W+", "-", found["hardware"]).strip("-").lower()
+    storage.write_json(DOCS / "performance" / f"{name}.json", found)
+    write_page(DOCS)
+    print(DOCS / "performance.md")
+
+
+if __name__ == "__main__":
+    main()
