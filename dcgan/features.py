@@ -78,7 +78,7 @@ def batch_statistics(discriminator: Discriminator, store: Store, device: torch.d
     The images are those of positions `part` * PART on in one fixed shuffled order. The net's own statistics are lost.
     """
     norms = _norms(discriminator)
-    extractor = Extractor(discriminator.train().to(device))
+    extractor = Extractor(discriminator.train()).to(device).to(memory_format=_layout(device))
     images = Images(store, store.training)
     order = batches.permutation(images.count, 0, 0)[:CALIBRATION][part * PART : (part + 1) * PART]
     sums = [np.zeros((2, norm.num_features)) for norm in norms]
@@ -173,7 +173,7 @@ def _extract_part(run_path: str, weights: str, job: tuple[str, int]) -> None:
     split, part = job
     run = Run.open(Path(run_path))
     images, device = Images(run.scored_store(), (split,)), _device(run)
-    extractor = load_extractor(Path(weights)).to(device)
+    extractor = load_extractor(Path(weights)).to(device).to(memory_format=_layout(device))
     rows = np.arange(images.count)[part * PART : (part + 1) * PART]
     arrays = [np.empty((len(rows), channels * POOL**2), np.float16) for channels in extractor.discriminator.channels]
     done = 0
@@ -188,7 +188,12 @@ def _extract_part(run_path: str, weights: str, job: tuple[str, int]) -> None:
 def _batches(images: Images, rows: np.ndarray, device: torch.device) -> Iterator[Tensor]:
     """Those images in order, normalised, BATCH at a time."""
     for start in range(0, len(rows), BATCH):
-        yield normalise(torch.from_numpy(images.gather(rows[start : start + BATCH])).to(device))
+        yield normalise(torch.from_numpy(images.gather(rows[start : start + BATCH])).to(device), _layout(device))
+
+
+def _layout(device: torch.device) -> torch.memory_format:
+    """In which order float32 is fastest: on a CPU pooling takes a seventh of the time, too."""
+    return torch.channels_last if device.type == "cpu" else torch.contiguous_format
 
 
 def _device(run: Run) -> torch.device:

@@ -47,7 +47,7 @@ def measure(device: torch.device, sizes: list[int], pairs: int, steps: int) -> d
     with tempfile.TemporaryDirectory() as directory:
         home = Path(directory)
         bench_system.make_store(home, sizes[0], 50_000)
-        run = bench_system.open_run(home, sizes[0], 1, 10**6, device.type)
+        run = bench_system.open_run(home, sizes[0], 1000, 10**6, device.type)
         found["stages"] = bench_system.stages(run) | bench_system.parts(run)
         print(json.dumps(found["stages"]), flush=True)
         if steps:
