@@ -48,7 +48,7 @@ def measure(device: torch.device, sizes: list[int], pairs: int, steps: int) -> d
         home = Path(directory)
         bench_system.make_store(home, sizes[0], 50_000)
         run = bench_system.open_run(home, sizes[0], 1000, 10**6, device.type)
-        found["stages"] = bench_system.stages(run) | bench_system.parts(run)
+        found["stages"] = list((bench_system.stages(run) | bench_system.parts(run)).items())  # in order
         print(json.dumps(found["stages"]), flush=True)
         if steps:
             found["system"] = {
@@ -78,11 +78,11 @@ def tables(records: list[dict[str, Any]]) -> str:
                 f"{record['product'] / 1e12:.2f} Top/s | {spread(ours)} | {spread(row['inputs'])} |"
             )
     lines += ["", "![Images a second](performance.svg)", "", "Milliseconds of a run's stages, 32 px, batch 128:", ""]
-    names = list(records[0]["stages"])
+    stages = [dict(record["stages"]) for record in records]
     lines.append("| stage | " + " | ".join(record["hardware"] for record in records) + " |")
     lines.append("|---|" + "---:|" * len(records))
-    for name in names:
-        lines.append(f"| {name} | " + " | ".join(f"{record['stages'][name]:.2f}" for record in records) + " |")
+    for name in stages[0]:
+        lines.append(f"| {name} | " + " | ".join(f"{each[name]:.2f}" for each in stages) + " |")
     lines.append("")
     for record in records:
         origin = f"torch {record['torch']}; commit {record['commit']}; {record['date']}"
@@ -99,21 +99,23 @@ def system(record: dict[str, Any]) -> str:
 
 
 def plot(records: list[dict[str, Any]], file: Path) -> None:
-    """Images a second of both, a group for each machine and size."""
-    rows = [(record["hardware"], row) for record in records for row in record["step"]]
+    """Images a second of both, a group for each machine, a panel for each size."""
+    sizes = sorted({row["size"] for record in records for row in record["step"]})
     plt.rcParams["svg.hashsalt"] = "performance"
-    figure, axes = plt.subplots(figsize=(8, 1 + 0.7 * len(rows)), layout="constrained")
-    for offset, name, colour in ((0.2, "eager", "#9aa5b1"), (-0.2, "ours", "#1f6feb")):
-        rates = [row[name]["images_per_second"] for _, row in rows]
-        bars = axes.barh([place + offset for place in range(len(rows))], rates, 0.38, label=name, color=colour)
-        axes.bar_label(bars, [f"{rate:,.0f}" for rate in rates], padding=3)
-    axes.set_yticks(range(len(rows)), [f"{hardware}\n{row['size']} px" for hardware, row in rows])
-    axes.set_xscale("log")
-    axes.margins(x=0.12)
-    axes.set_xlabel("images a second, batch 128 (logarithmic)")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    figure.savefig(file, metadata={"Date": None})
+    shape = {"figsize": (4 * len(sizes), 1.3 + 0.6 * len(records)), "layout": "constrained", "squeeze": False}
+    figure, panels = plt.subplots(1, len(sizes), **shape)
+    for size, axes in zip(sizes, panels[0], strict=True):
+        rows = [(record["hardware"], row) for record in records for row in record["step"] if row["size"] == size]
+        for offset, name, colour in ((0.2, "eager", "#9aa5b1"), (-0.2, "ours", "#1f6feb")):
+            rates = [row[name]["images_per_second"] for _, row in rows]
+            bars = axes.barh([place + offset for place in range(len(rows))], rates, 0.38, label=name, color=colour)
+            axes.bar_label(bars, [f"{rate:,.0f} {name}" for rate in rates], padding=3)
+        axes.set_yticks(range(len(rows)), [hardware for hardware, _ in rows])
+        axes.margins(x=0.35)
+        axes.set_xlabel(f"images a second, {size} px, batch 128")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
+    plt.close(figure)
 
 
 def write_page(docs: Path) -> None:
