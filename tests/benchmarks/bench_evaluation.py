@@ -44,8 +44,10 @@ def extraction(directory: Path, size: int, device: str, repeats: int) -> None:
     place, store = place_of(run), run.store()
     weights = directory / features.DISCRIMINATOR
     features._export(weights, new_game(run, place, 0.0).discriminator, run, store)
-    extractor = features.load_extractor(weights).to(place.device)
-    images = [torch.rand(features.BATCH, 3, size, size, device=place.device) for _ in range(4)]
+    layout = features._layout(place.device)
+    extractor = features.load_extractor(weights).to(place.device).to(memory_format=layout)
+    shape = (features.BATCH, 3, size, size)
+    images = [torch.rand(shape, device=place.device).contiguous(memory_format=layout) for _ in range(4)]
 
     @torch.no_grad()
     def forward() -> None:
