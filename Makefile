@@ -56,7 +56,8 @@ ui up: .venv/installed
 down:
 	@if [ -x $(BIN)/python ]; then $(BIN)/python infra/local.py down; fi
 
-# uv, because pip takes minutes to resolve what uv resolves in seconds. The constraints bind what builds, too.
+# uv, because pip takes minutes to resolve what uv resolves in seconds. The constraints bind what builds, too. Compiled at
+# once: where Python may not write bytecode, each of a run's ten processes would compile torch, MLflow and Ray for itself.
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo 'error: Python 3.11 or later is needed: make PYTHON=/path/to/python3.11' >&2; exit 1; }
@@ -65,5 +66,5 @@ down:
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
 	UV_HTTP_TIMEOUT=300 $(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt \
-	  --build-constraint constraints.txt --editable '.[dev]'
+	  --build-constraint constraints.txt --compile-bytecode --editable '.[dev]'
 	@touch $@

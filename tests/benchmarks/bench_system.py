@@ -1,20 +1,23 @@
 """What the system adds to the bare loop: python tests/benchmarks/bench_system.py [--help]
 
 Bare: batches of a store of 50,000 random images through the step, nothing else, in this process. System: the same steps
-as a run has them, in a Ray Train worker: lines of metrics every 50 steps, moving average, sample grid, and a checkpoint
-with its distance. Both in turn; a pair's ratio is that of the seconds from the first step to the end of the last, the
-last checkpoint on disk. First the parts of it, each measured alone.
+as `dcgan train` has them: a Ray Train worker, lines of metrics every 50 steps, MLflow, moving average, and every 1,000
+steps a sample grid and a checkpoint with its distance. They take turns of a fortieth of the steps, and every process of
+the system is stopped (SIGSTOP) while the bare loop has its turn, so that both meet the same machine. First the parts,
+each measured alone.
 """
 
 import argparse
-import json
+import os
+import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +29,17 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench_step import wait
 from fabricated import write_store
 
-from dcgan import checkpoint, cluster, keeper, models, train
+from dcgan import checkpoint, keeper, models, train
+from dcgan import stages as pipeline
 from dcgan.config import Experiment, validate
 from dcgan.data.batches import Batches
 from dcgan.data.store import Description
 from dcgan.distributed import Place
 from dcgan.player import Player
-from dcgan.run import Run
+from dcgan.run import Run, read_lines
 from dcgan.step import Game
+
+TURNS = 40
 
 
 def make_store(home: Path, size: int, images: int) -> None:
@@ -75,36 +81,100 @@ def new_game(run: Run, place: Place, ema: float) -> Game:
     return Game(*nets, settings, place)
 
 
-def bare(run_path: str, out: str) -> None:
-    """Seconds of the steps alone."""
-    run = Run.open(Path(run_path))
-    place, settings = place_of(run), run.experiment.train
-    player, store = Player(new_game(run, place, 0.0), run.experiment.compute.graph), run.store()
-    data = Batches(store, store.training, settings.batch_size, settings.seed, place, run.experiment.model)
-    began = time.perf_counter()
-    with closing(data.from_step(0)) as stream:
-        for step, batch in zip(range(settings.steps), stream, strict=False):
-            player.play(step, batch)
-        [value.item() for value in player.sums.values()]
-    Path(out).write_text(json.dumps(time.perf_counter() - began))
+class Bare:
+    """The steps alone, in this process, a turn at a time."""
+
+    def __init__(self, run: Run) -> None:
+        place, settings = place_of(run), run.experiment.train
+        self.player, store = Player(new_game(run, place, 0.0), run.experiment.compute.graph), run.store()
+        data = Batches(store, store.training, settings.batch_size, settings.seed, place, run.experiment.model)
+        self.batches, self.step = data.from_step(0), 0
+
+    def turn(self, steps: int) -> float:
+        """Seconds of the next steps."""
+        began = time.perf_counter()
+        for _ in range(steps):
+            self.player.play(self.step, next(self.batches))
+            self.step += 1
+        [value.item() for value in self.player.sums.values()]  # waits for the device
+        return time.perf_counter() - began
 
 
-def system(run_path: str, out: str) -> None:
-    """Seconds from the first batch to the end of `train`."""
-    began = []
-    play = Player.play
+def system(run_path: str) -> None:
+    """Train a run in TURNS turns: after each this worker writes its seconds and stops until it is continued.
 
-    def first(self: Player, step: int, batch: object) -> None:
-        if not began:
-            began.append(time.perf_counter())
-        play(self, step, batch)  # type: ignore[arg-type]
+    The last turn ends with `train`, its last checkpoint on disk. What comes before the first step is not counted.
+    """
+    run, play, began = Run.open(Path(run_path)), Player.play, 0.0
+    turn = run.experiment.train.steps // TURNS
 
-    Player.play = first  # type: ignore[method-assign,assignment]
-    try:
-        train.train(Run.open(Path(run_path)))
-    finally:
-        Player.play = play  # type: ignore[method-assign]
-    Path(out).write_text(json.dumps(time.perf_counter() - began[0]))
+    def write() -> None:
+        keeper.append(run.path / "turns.jsonl", {"seconds": time.perf_counter() - began})
+
+    def in_turn(self: Player, step: int, batch: Any) -> None:
+        nonlocal began
+        if step and step % turn == 0:
+            [value.item() for value in self.sums.values()]
+            write()
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if step % turn == 0:
+            began = time.perf_counter()
+        play(self, step, batch)
+
+    Player.play = in_turn  # type: ignore[method-assign]
+    train.train(run)
+    write()
+
+
+class System:
+    """A run as `dcgan train` has it, in a process of its own with all that it starts: Ray's servers, worker, MLflow."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.turns = run, 0
+        self.mark = f"BENCH_SYSTEM={run.path}"
+        name, _, value = self.mark.partition("=")
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--run", str(run.path)], env=os.environ | {name: value}
+        )
+
+    def turn(self, first: bool) -> float:
+        """Seconds of its next turn, at whose end all its processes are stopped."""
+        if not first:
+            self._signal(signal.SIGCONT)
+        while len(lines := read_lines(self.run.path / "turns.jsonl")) == self.turns:
+            if self.process.poll() is not None:
+                raise RuntimeError(f"the system's run ended after {self.turns} of {TURNS} turns")
+            time.sleep(0.02)
+        self._signal(signal.SIGSTOP)
+        self.turns += 1
+        return lines[-1]["seconds"]
+
+    def close(self) -> None:
+        self._signal(signal.SIGCONT)
+        self.process.wait()
+
+    def processor_seconds(self) -> dict[str, float]:
+        """Processor time so far of each of its processes."""
+        ticks = os.sysconf("SC_CLK_TCK")
+        found: dict[str, float] = defaultdict(float)
+        for directory in self._processes():
+            with suppress(FileNotFoundError, ProcessLookupError):
+                words = (directory / "cmdline").read_text().split("\0")
+                name = next((word for word in words[:3] if not word.startswith("-") and "python" not in word), words[0])
+                fields = (directory / "stat").read_text().rpartition(")")[2].split()
+                found[Path(name).name] += (int(fields[11]) + int(fields[12])) / ticks
+        return found
+
+    def _processes(self) -> Iterator[Path]:
+        for directory in Path("/proc").glob("[0-9]*"):
+            with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+                if self.mark.encode() in (directory / "environ").read_bytes().split(b"\0"):
+                    yield directory
+
+    def _signal(self, number: int) -> None:
+        for directory in self._processes():
+            with suppress(ProcessLookupError):
+                os.kill(int(directory.name), number)
 
 
 def stages(run: Run, steps: int = 20) -> dict[str, float]:
@@ -177,45 +247,62 @@ def parts(run: Run, repeats: int = 5) -> dict[str, float]:
     return found
 
 
-def compare(home: Path, size: int, steps: int, pairs: int, device: str, here: bool = False) -> list[dict[str, float]]:
-    """Seconds of a pair's bare loop and of its system's."""
-    found = []
-    for pair in range(pairs):
-        seconds = {}
-        for work in (bare, system)[:: 1 - 2 * (pair % 2)]:  # who is first takes turns
-            run = open_run(home, size, steps, pair, device)
-            out = home / f"{work.__name__}.json"
-            arguments = (str(run.path), str(out))
-            if work is bare or here:
-                work(*arguments)
-            else:
-                cluster.launch(work, arguments, run.experiment.compute, home, f"system-{pair}")
-            seconds[work.__name__] = json.loads(out.read_text())
-        found.append(seconds)
-        added = 100 * (seconds["system"] / seconds["bare"] - 1)
-        print(
-            f"{steps} steps: bare {seconds['bare']:.2f} s, system {seconds['system']:.2f} s, {added:+.2f} %", flush=True
-        )
-    return found
+def compare(home: Path, size: int, steps: int, device: str) -> dict[str, Any]:
+    """Seconds of each turn of the bare loop and of the system's; who is not in turn is stopped, with all its processes.
+
+    "beside": the processor seconds a second of turns that each of the system's processes took.
+    """
+    run = open_run(home, size, steps, 0, device)
+    bare, other = Bare(open_run(home, size, steps, 0, device)), System(run)
+    try:
+        turns = {"bare": [], "system": [other.turn(first=True)]}
+        before = other.processor_seconds()
+        while True:
+            turns["bare"].append(bare.turn(steps // TURNS))
+            print(f"{turns['bare'][-1]:.2f} s bare, {turns['system'][-1]:.2f} s system", flush=True)
+            if bare.step == steps:
+                break
+            turns["system"].append(other.turn(first=False))
+        seconds = sum(turns["system"][1:])
+        after = other.processor_seconds()
+    finally:
+        other.close()
+    beside = {name: (spent - before.get(name, 0.0)) / seconds for name, spent in after.items()}
+    return {"steps": steps, **turns, "beside": dict(sorted(beside.items(), key=lambda item: -item[1]))}
+
+
+def added(found: dict[str, Any]) -> tuple[float, float]:
+    """By which share the system's turns are longer than the bare loop's, and 1.96 standard errors over the pairs."""
+    bare, system = found["bare"], found["system"]
+    share = sum(system) / sum(bare) - 1
+    rest = [theirs - (1 + share) * ours for theirs, ours in zip(system, bare, strict=True)]
+    return share, 1.96 * statistics.stdev(rest) * len(rest) ** 0.5 / sum(bare)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--size", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--here", action="store_true", help="in this process, without Ray")
+    parser.add_argument("--steps", type=int, default=1000, help=f"a multiple of {TURNS}")
+    parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)  # the process of a System
     chosen = parser.parse_args()
+    if chosen.run:
+        pipeline.train_here = system
+        pipeline.train(Run.open(chosen.run))
+        return
+    if chosen.steps % TURNS:
+        parser.error(f"--steps {chosen.steps} is no multiple of {TURNS}")
     with tempfile.TemporaryDirectory() as directory:
         home = Path(directory)
         make_store(home, chosen.size, 50_000)
         run = open_run(home, chosen.size, chosen.steps, 10**6, chosen.device)
         for name, milliseconds in (stages(run) | parts(run)).items():
             print(f"{name}: {milliseconds:.2f} ms", flush=True)
-        pairs = compare(home, chosen.size, chosen.steps, chosen.pairs, chosen.device, chosen.here)
-        added = statistics.median(seconds["system"] / seconds["bare"] for seconds in pairs) - 1
-        print(f"the system adds {100 * added:.2f} %, median of {chosen.pairs}")
+        found = compare(home, chosen.size, chosen.steps, chosen.device)
+        for name, share in found["beside"].items():
+            print(f"{name}: {100 * share:.2f} % of a processor")
+        share, error = added(found)
+        print(f"the system adds {100 * share:.2f} +- {100 * error:.2f} % to {chosen.steps:,} steps")
 
 
 if __name__ == "__main__":

@@ -51,10 +51,7 @@ def measure(device: torch.device, sizes: list[int], pairs: int, steps: int) -> d
         found["stages"] = list((bench_system.stages(run) | bench_system.parts(run)).items())  # in order
         print(json.dumps(found["stages"]), flush=True)
         if steps:
-            found["system"] = {
-                "steps": steps,
-                "pairs": bench_system.compare(home, sizes[0], steps, min(3, pairs), device.type),
-            }
+            found["system"] = bench_system.compare(home, sizes[0], steps, device.type)
     return found
 
 
@@ -93,9 +90,12 @@ def tables(records: list[dict[str, Any]]) -> str:
 def system(record: dict[str, Any]) -> str:
     if "system" not in record:
         return ""
-    added = [100 * (pair["system"] / pair["bare"] - 1) for pair in record["system"]["pairs"]]
-    each = ", ".join(f"{percent:+.1f}" for percent in added)
-    return f"; the whole system around {record['system']['steps']:,} steps in a Ray Train worker adds {each} %"
+    share, error = bench_system.added(record["system"])
+    beside = sum(value for name, value in record["system"]["beside"].items() if not name.startswith("ray::_RayTrain"))
+    return (
+        f"; the whole system around {record['system']['steps']:,} steps in a Ray Train worker adds "
+        f"{100 * share:.1f} ± {100 * error:.1f} %, its other processes take {100 * beside:.1f} % of a processor"
+    )
 
 
 def plot(records: list[dict[str, Any]], file: Path) -> None:
@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--size", type=int, nargs="+", default=[32, 64])
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=300, help="of a run with the system around it; 0: none")
+    parser.add_argument("--steps", type=int, default=1000, help="of a run with the system around it; 0: none")
     chosen = parser.parse_args()
     found = measure(torch.device(chosen.device), chosen.size, chosen.pairs, chosen.steps)
     name = re.sub(r"\W+", "-", found["hardware"]).strip("-").lower()

@@ -36,8 +36,9 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[s3.Store]:
 
 @pytest.fixture
 def server(running: s3.Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[s3.Store]:
-    """The server, empty and without faults; waits between attempts are a hundredth as long."""
+    """The server, empty and without faults; waits between attempts are a hundredth as long, boto's own are one each."""
     monkeypatch.setattr(remote, "FIRST_WAIT", 0.005)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
     running.clear()
     yield running
     running.clear()
