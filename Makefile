@@ -37,9 +37,10 @@ run: .venv/installed
 	@mkdir -p $(PREFECT_HOME)
 	@$(BIN)/python -m flows.train_eval $(PRESET) $(SET)
 
-# The slower suites a file in a process, three at a time, large ones first: mostly they wait for servers to start or die.
+# A file of the slower suites in a process, three processes at a time, the longest first: mostly they wait for servers to
+# start or die.
 test: check
-	@ls -S tests/integration/test_*.py tests/faults/test_*.py | xargs printf '%s\n' tests/unit | xargs -P 3 -I@ sh -c \
+	@{ printf '%s\n' tests/unit tests/faults/test_*.py; ls -S tests/integration/test_*.py; } | xargs -P 3 -I@ sh -c \
 	  'found=$$($(BIN)/pytest -q @ 2>&1); code=$$?; printf "%s\n%s\n" "@" "$$found"; exit $$code'
 
 check: .venv/installed
