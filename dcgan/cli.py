@@ -25,7 +25,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code. What the user can mend is one line on stderr, a bug keeps its traceback."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("dcgan").setLevel(logging.INFO)
-    chosen = _parser().parse_args(arguments)
+    parser = _parser()
+    chosen, rest = parser.parse_known_args(arguments)
+    if rest and (chosen.command is not reproduce or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        chosen.words += rest  # argparse takes words for as many as it needs at once, and none after an option
     try:
         chosen.command(chosen)
     except (ValueError, OSError, RuntimeError) as error:

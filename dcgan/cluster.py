@@ -43,6 +43,11 @@ ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_worker_niceness": "0",  # by default workers give way to whatever else runs, Ray's own processes too
+    "RAY_enable_metrics_collection": "0",
+    "REPORTER_UPDATE_INTERVAL_MS": "60000",  # of the agent, to a dashboard that is not there
+    "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",  # look for new files every 5 s, not every 0.1
+    "LOG_NAME_UPDATE_INTERVAL_S": "5",
+    "RAY_memory_monitor_refresh_ms": "1000",
     # Tune (cluster_search.py): no tables, no copies of results, Ctrl-C is ours; told of a callback it imports MLflow.
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",

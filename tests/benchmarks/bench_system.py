@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -116,7 +117,7 @@ def system(run_path: str) -> None:
         if step and step % turn == 0:
             [value.item() for value in self.sums.values()]
             write()
-            os.kill(os.getpid(), signal.SIGSTOP)
+            signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)  # this thread, so that it stops right here
         if step % turn == 0:
             began = time.perf_counter()
         play(self, step, batch)

@@ -180,6 +180,9 @@ def test_a_run_in_use_is_named_in_one_line(home: Path, monkeypatch: pytest.Monke
         ("sample . --count 0", "argument --count: '0' is not a whole number of at least 1"),
         ("sample . --seed -1", "argument --seed: "),
         ("train", "the following arguments are required: PRESET|RUN"),
+        ("train digits --seed 1", "unrecognized arguments: --seed 1"),
+        ("reproduce mnist real --seeds 1 train.step=1", "unknown key 'train.step', did you mean train.steps?"),
+        ("reproduce mnist --seeds 1 real --sedes 1", "unrecognized arguments: real --sedes 1"),
         ("trian digits", "argument COMMAND: invalid choice: 'trian' (choose from 'run', 'ingest', 'train'"),
     ],
 )
