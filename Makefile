@@ -1,7 +1,7 @@
 # make run     train and score a DCGAN on real handwritten digits: pictures and a table in a few minutes
 # make test    lint, types and every test
 # make check   lint and types
-# make bench   training beside PyTorch's DCGAN tutorial on this machine, into docs/performance.md: half an hour on 2 cores
+# make bench   training beside PyTorch's DCGAN tutorial on this machine, into docs/performance.md: an hour on 2 cores
 # make ui      MLflow and Prefect in the browser, over all that has been run, until Ctrl-C
 # make up      Prefect, MLflow and a worker in the background, with everything of prefect.yaml deployed
 # make down    stop them
