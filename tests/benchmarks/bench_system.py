@@ -135,7 +135,9 @@ class System:
         self.mark = f"BENCH_SYSTEM={run.path}"
         name, _, value = self.mark.partition("=")
         self.process = subprocess.Popen(
-            [sys.executable, __file__, "--run", str(run.path)], env=os.environ | {name: value}
+            [sys.executable, __file__, "--run", str(run.path)],
+            env=os.environ | {name: value},
+            start_new_session=True,  # the kernel hangs up a session that loses its shell while some of it is stopped
         )
 
     def turn(self, first: bool) -> float:
@@ -151,7 +153,8 @@ class System:
         return lines[-1]["seconds"]
 
     def close(self) -> None:
-        self._signal(signal.SIGCONT)
+        """Let it end by itself after its last turn, and kill it before."""
+        self._signal(signal.SIGCONT if self.turns == TURNS else signal.SIGKILL)
         self.process.wait()
 
     def processor_seconds(self) -> dict[str, float]:
