@@ -5,6 +5,7 @@ import os
 # Before torch is imported, here and in every process a test starts: on tensors as small as the tests', two threads
 # wait for each other more than they compute, many times more on a busy machine.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180")  # as the Makefile has it
 
 import shutil
 import subprocess
