@@ -14,7 +14,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -102,7 +101,7 @@ class Bare:
 
 
 def system(run_path: str) -> None:
-    """Train a run in TURNS turns: after each this worker writes its seconds and stops until it is continued.
+    """Train a run in TURNS turns: after each this worker writes its seconds and waits until the next is its own.
 
     The last turn ends with `train`, its last checkpoint on disk. What comes before the first step is not counted.
     """
@@ -117,7 +116,8 @@ def system(run_path: str) -> None:
         if step and step % turn == 0:
             [value.item() for value in self.sums.values()]
             write()
-            signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)  # this thread, so that it stops right here
+            while not (run.path / f"turn-{step // turn}").exists():
+                time.sleep(0.005)
         if step % turn == 0:
             began = time.perf_counter()
         play(self, step, batch)
@@ -143,6 +143,7 @@ class System:
     def turn(self, first: bool) -> float:
         """Seconds of its next turn, at whose end all its processes are stopped."""
         if not first:
+            (self.run.path / f"turn-{self.turns}").touch()
             self._signal(signal.SIGCONT)
         while len(lines := read_lines(self.run.path / "turns.jsonl")) == self.turns:
             if self.process.poll() is not None:
