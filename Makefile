@@ -37,8 +37,8 @@ run: .venv/installed
 	@mkdir -p $(PREFECT_HOME)
 	@$(BIN)/python -m flows.train_eval $(PRESET) $(SET)
 
-# A file of the slower suites in a process, three processes at a time, the longest first: mostly they wait for servers to
-# start or die.
+# A file of the slower suites in a process, three at a time: mostly they wait for servers to start or die. The longest first,
+# so that none runs on alone at the end: of the rest, the size of the file tells roughly.
 test: check
 	@{ printf '%s\n' tests/unit tests/faults/test_*.py; ls -S tests/integration/test_*.py; } | xargs -P 3 -I@ sh -c \
 	  'found=$$($(BIN)/pytest -q @ 2>&1); code=$$?; printf "%s\n%s\n" "@" "$$found"; exit $$code'

@@ -47,7 +47,7 @@ ENVIRONMENT = {
     "REPORTER_UPDATE_INTERVAL_MS": "60000",  # of the agent, to a dashboard that is not there
     "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",  # look for new files every 5 s, not every 0.1
     "LOG_NAME_UPDATE_INTERVAL_S": "5",
-    "RAY_memory_monitor_refresh_ms": "1000",
+    "RAY_memory_monitor_refresh_ms": "1000",  # 250 by default
     # Tune (cluster_search.py): no tables, no copies of results, Ctrl-C is ours; told of a callback it imports MLflow.
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",

@@ -35,7 +35,10 @@ class Grid:
 
 @dataclass(frozen=True)
 class Score:
-    """A row of the score table as text. values: trained, random init, raw pixels, gain. better: than random init."""
+    """A row of the score table as text. values: trained, random init, raw pixels, gain.
+
+    better: than random init; None if equal, or if nothing was trained.
+    """
 
     metric: str
     values: list[str]
@@ -140,7 +143,7 @@ def _scores(run: Run) -> list[Score]:
             for column in ("features", "random_init", "raw_pixels")
         ]
         cells.append("" if row.gain is None else f"{row.gain:+.4f}")
-        better = None if row.gain is None else row.gain > 0
+        better = row.gain > 0 if row.gain else None
         scores.append(Score(name, cells, f"{known.value:.4f}" if known else "", better))
     return sorted(scores, key=lambda score: score.minor)
 

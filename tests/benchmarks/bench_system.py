@@ -255,8 +255,11 @@ def parts(run: Run, repeats: int = 5) -> dict[str, float]:
 def compare(home: Path, size: int, steps: int, device: str) -> dict[str, Any]:
     """Seconds of each turn of the bare loop and of the system's; who is not in turn is stopped, with all its processes.
 
-    "beside": the processor seconds a second of turns that each of the system's processes took.
+    "beside": the processor seconds a second of turns that each of the system's processes took. Raises ValueError if the
+    steps are no multiple of TURNS.
     """
+    if steps % TURNS:
+        raise ValueError(f"{steps} steps are no multiple of {TURNS}")
     run = open_run(home, size, steps, 0, device)
     bare, other = Bare(open_run(home, size, steps, 0, device)), System(run)
     try:
@@ -295,8 +298,6 @@ def main() -> None:
         pipeline.train_here = system
         pipeline.train(Run.open(chosen.run))
         return
-    if chosen.steps % TURNS:
-        parser.error(f"--steps {chosen.steps} is no multiple of {TURNS}")
     with tempfile.TemporaryDirectory() as directory:
         home = Path(directory)
         make_store(home, chosen.size, 50_000)

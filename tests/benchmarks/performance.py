@@ -91,10 +91,11 @@ def system(record: dict[str, Any]) -> str:
     if "system" not in record:
         return ""
     share, error = bench_system.added(record["system"])
-    beside = sum(value for name, value in record["system"]["beside"].items() if not name.startswith("ray::_RayTrain"))
+    beside = record["system"]["beside"]
+    others = sum(value for name, value in beside.items() if not name.startswith("ray::RayTrainWorker"))
     return (
         f"; the whole system around {record['system']['steps']:,} steps in a Ray Train worker adds "
-        f"{100 * share:.1f} ± {100 * error:.1f} %, its other processes take {100 * beside:.1f} % of a processor"
+        f"{100 * share:.1f} ± {100 * error:.1f} %, its other processes take {100 * others:.1f} % of a processor"
     )
 
 

@@ -103,6 +103,9 @@ def test_gain_has_the_sign_of_trained_less_random_init(run: Run) -> None:
     assert scores["svm/accuracy"].values == ["0.7300", "0.8800", "0.9100", "-0.1500"]
     assert scores["svm/accuracy"].better is False
     assert scores["svm/c"].values == ["0.001", "0.01", "0.01", ""]
+    fabricated.score(run, better=-0.05)  # as good as random init
+    (equal,) = (score for score in report._scores(run) if score.metric == "svm/accuracy")
+    assert (equal.values[-1], equal.better) == ("+0.0000", None), "neither good nor bad"
     assert [score.minor for score in report._scores(run)] == [False, False, False, True]
 
 
