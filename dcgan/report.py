@@ -37,7 +37,7 @@ class Grid:
 class Score:
     """A row of the score table as text. values: trained, random init, raw pixels, gain.
 
-    better: than random init; None if equal, or if nothing was trained.
+    better: than random init; None if equal, or if either is missing.
     """
 
     metric: str

@@ -158,28 +158,31 @@ class System:
         self._signal(signal.SIGCONT if self.turns == TURNS else signal.SIGKILL)
         self.process.wait()
 
-    def processor_seconds(self) -> dict[str, float]:
-        """Processor time so far of each of its processes."""
-        ticks = os.sysconf("SC_CLK_TCK")
-        found: dict[str, float] = defaultdict(float)
-        for directory in self._processes():
-            with suppress(FileNotFoundError, ProcessLookupError):
-                words = (directory / "cmdline").read_text().split("\0")
-                name = next((word for word in words[:3] if not word.startswith("-") and "python" not in word), words[0])
-                fields = (directory / "stat").read_text().rpartition(")")[2].split()
-                found[Path(name).name] += (int(fields[11]) + int(fields[12])) / ticks
-        return found
-
-    def _processes(self) -> Iterator[Path]:
-        for directory in Path("/proc").glob("[0-9]*"):
-            with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
-                if self.mark.encode() in (directory / "environ").read_bytes().split(b"\0"):
-                    yield directory
-
     def _signal(self, number: int) -> None:
-        for directory in self._processes():
+        for directory in processes(self.mark):
             with suppress(ProcessLookupError):
                 os.kill(int(directory.name), number)
+
+
+def processes(mark: str) -> Iterator[Path]:
+    """The directories in /proc of the processes that were started with `mark`, NAME=value, in their environment."""
+    for directory in Path("/proc").glob("[0-9]*"):
+        with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+            if mark.encode() in (directory / "environ").read_bytes().split(b"\0"):
+                yield directory
+
+
+def processor_seconds(mark: str) -> dict[str, float]:
+    """Processor time so far of the processes with `mark`, by name."""
+    ticks = os.sysconf("SC_CLK_TCK")
+    found: dict[str, float] = defaultdict(float)
+    for directory in processes(mark):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            words = (directory / "cmdline").read_text().split("\0")
+            name = next((word for word in words[:3] if not word.startswith("-") and "python" not in word), words[0])
+            fields = (directory / "stat").read_text().rpartition(")")[2].split()
+            found[Path(name).name] += (int(fields[11]) + int(fields[12])) / ticks
+    return found
 
 
 def stages(run: Run, steps: int = 20) -> dict[str, float]:
@@ -264,7 +267,7 @@ def compare(home: Path, size: int, steps: int, device: str) -> dict[str, Any]:
     bare, other = Bare(open_run(home, size, steps, 0, device)), System(run)
     try:
         turns = {"bare": [], "system": [other.turn(first=True)]}
-        before = other.processor_seconds()
+        before = processor_seconds(other.mark)
         while True:
             turns["bare"].append(bare.turn(steps // TURNS))
             print(f"{turns['bare'][-1]:.2f} s bare, {turns['system'][-1]:.2f} s system", flush=True)
@@ -272,7 +275,7 @@ def compare(home: Path, size: int, steps: int, device: str) -> dict[str, Any]:
                 break
             turns["system"].append(other.turn(first=False))
         seconds = sum(turns["system"][1:])
-        after = other.processor_seconds()
+        after = processor_seconds(other.mark)
     finally:
         other.close()
     beside = {name: (spent - before.get(name, 0.0)) / seconds for name, spent in after.items()}
