@@ -32,6 +32,8 @@ START_ATTEMPTS = 3  # Ray gives its own processes 15 s to start; the next attemp
 SOCKET = len("/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store")  # bytes below its directory
 REPEATS = (ValueError, TypeError, LookupError, ArithmeticError, AssertionError)  # a restart would fail in the same way
 
+_local = threading.Event()  # set while the Ray that this process uses is one that `session` has started
+
 # Read by Ray when it is imported or started; what the user has set wins.
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -45,8 +47,6 @@ ENVIRONMENT = {
     "RAY_worker_niceness": "0",  # by default workers give way to whatever else runs, Ray's own processes too
     "RAY_enable_metrics_collection": "0",
     "REPORTER_UPDATE_INTERVAL_MS": "60000",  # of the agent, to a dashboard that is not there
-    "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",  # look for new files every 5 s, not every 0.1
-    "LOG_NAME_UPDATE_INTERVAL_S": "5",
     "RAY_memory_monitor_refresh_ms": "1000",  # 250 by default
     # Tune (cluster_search.py): no tables, no copies of results, Ctrl-C is ours; told of a callback it imports MLflow.
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -185,6 +185,7 @@ def session(home: Path, workers: int) -> Iterator[None]:
         try:
             yield
         finally:
+            _local.clear()
             ray.shutdown()
 
 
@@ -195,6 +196,7 @@ def _connect(address: str, directory: Path, workers: int) -> None:
     if address != "local":
         ray.init(address, **logs)
         return
+    _leave_out()
     for attempt in range(1, START_ATTEMPTS + 1):
         try:
             ray.init(
@@ -206,10 +208,25 @@ def _connect(address: str, directory: Path, workers: int) -> None:
                 _temp_dir=str(directory),
                 **logs,
             )
+            _local.set()
             return
         except Exception as error:
             if attempt == START_ATTEMPTS or "timed out during startup" not in str(error):
                 raise
+
+
+def _leave_out() -> None:
+    """Keep a local Ray from starting three processes, each a second or more to start, that would do nothing for us.
+
+    The monitor asks a cloud for machines; the API server, for which ray.init waits, is one without a dashboard; the log
+    monitor reads all logs ten times a second for drivers that want them sent.
+    """
+    from ray._private.node import Node
+
+    for name in ("start_monitor", "start_api_server", "start_log_monitor"):
+        if not hasattr(Node, name):
+            raise AttributeError(f"ray._private.node.Node has no {name}: this Ray is not the one of constraints.txt")
+        setattr(Node, name, lambda node, **settings: None)
 
 
 def _trainer(function: Callable[..., None], arguments: tuple, compute: Compute, home: Path, name: str) -> Any:
@@ -218,15 +235,47 @@ def _trainer(function: Callable[..., None], arguments: tuple, compute: Compute, 
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
     from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+    from ray.train.v2._internal.execution.controller import TrainController
+    from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 
     class StopOnRepeat(UserCallback):  # type: ignore[misc]  # mypy follows no import of ray
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
             if any(isinstance(_own(error), REPEATS) for error in worker_exceptions.values()):
                 raise _readable(worker_exceptions)
 
+    class NoAutoscaler(FixedScalingPolicy):  # type: ignore[misc]
+        """Tells nobody how many CPUs are wanted."""
+
+        def _send_resource_request(self) -> None: ...
+        def _maybe_send_resource_request(self) -> None: ...
+        def _cancel_resource_request(self) -> None: ...
+
+    class Trainer(TorchTrainer):  # type: ignore[misc]
+        """Without three processes that are not needed, each with seconds to start and 1 % of a CPU from then on.
+
+        One hands out Ray's data sets, and there are none; one frees the CPUs of a controller that died, and one asks
+        for more machines, but a local Ray ends with its driver and has no more.
+        """
+
+        def _create_default_callbacks(self) -> list[Any]:
+            unneeded = (DatasetsCallback, PlacementGroupCleanerCallback) if _local.is_set() else (DatasetsCallback,)
+            return [one for one in super()._create_default_callbacks() if not isinstance(one, unneeded)]
+
+        def _initialize_and_run_controller(self, **settings: Any) -> Any:
+            if not _local.is_set():
+                return super()._initialize_and_run_controller(**settings)
+            settings["scaling_policy"] = NoAutoscaler(self.scaling_config)
+            # As Ray does, less a runtime environment: for that one it starts other processes than those it has started.
+            controller = ray.remote(num_cpus=0)(TrainController).remote(**settings)
+            ray.get(controller.run.remote())
+            return ray.get(controller.get_result.remote())
+
+        def _register_sigint_handler(self, controller: Any) -> None:
+            """None: Ray's swallows Ctrl-C; so KeyboardInterrupt is raised and the session is closed on the way."""
+
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cpus = _share([int(node.get("CPU", 0)) for node in nodes], compute.workers)
-    trainer = TorchTrainer(
+    return Trainer(
         _work,
         train_loop_config={"function": function, "arguments": arguments, "threads": cpus},
         torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT),
@@ -243,14 +292,6 @@ def _trainer(function: Callable[..., None], arguments: tuple, compute: Compute, 
             callbacks=[StopOnRepeat()],
         ),
     )
-    # Its handler of Ctrl-C swallows it; without one, KeyboardInterrupt is raised and the session is closed on the way.
-    trainer._register_sigint_handler = lambda controller: None
-    # Two processes that are not needed, each a second and more to start: one hands out Ray's data sets, and there are
-    # none; one frees the CPUs of a controller that died, and a local Ray ends with its driver.
-    unneeded = (DatasetsCallback,) if "RAY_ADDRESS" in os.environ else (DatasetsCallback, PlacementGroupCleanerCallback)
-    create = trainer._create_default_callbacks
-    trainer._create_default_callbacks = lambda: [one for one in create() if not isinstance(one, unneeded)]
-    return trainer
 
 
 def _work(config: dict[str, Any]) -> None:

@@ -193,23 +193,30 @@ def _record_environment(run: Run) -> None:
 
 
 def _follow(run: Run, stop: threading.Event) -> None:
-    away, pause = False, SOON
+    away, pause, delivered = False, SOON, None
     while True:
-        last = stop.is_set()
-        try:
-            with _courier(run, status="RUNNING", ended=None) as courier:
-                courier.progress()
-                pause = EVERY if courier.delivery.metrics else pause
-            if away:
-                log.info("MLflow at %s is back; the record is delivered", without_password(uri(run.home)))
-            away = False
-        except TrackingError as error:
-            if not away:
-                log.warning("%s; training goes on and the record is kept in %s", error, run.path)
-            away, pause = True, EVERY
+        last, found = stop.is_set(), _written(run)
+        if last or found != delivered:  # to ask MLflow for nothing costs as much as to tell it something
+            try:
+                with _courier(run, status="RUNNING", ended=None) as courier:
+                    courier.progress()
+                    pause = EVERY if courier.delivery.metrics else pause
+                if away:
+                    log.info("MLflow at %s is back; the record is delivered", without_password(uri(run.home)))
+                away, delivered = False, found
+            except TrackingError as error:
+                if not away:
+                    log.warning("%s; training goes on and the record is kept in %s", error, run.path)
+                away, pause = True, EVERY
         if last:
             return
         stop.wait(pause)
+
+
+def _written(run: Run) -> list[int]:
+    """When training last wrote each thing that is delivered meanwhile, in ns; 0: not yet."""
+    places = (run.path / "metrics.jsonl", run.path / "events.jsonl", run.samples)
+    return [place.stat().st_mtime_ns if place.exists() else 0 for place in places]
 
 
 def _attempt(run: Run, **wanted: Any) -> str | None:

@@ -65,6 +65,31 @@ def test_workers_form_a_process_group_share_the_cores_and_stay_in_the_directory(
     assert (ray_home / "ray" / "train").is_dir()
 
 
+def test_a_local_ray_starts_nothing_that_training_does_not_need(tmp_path: Path) -> None:
+    program = f"""
+        import json
+        from pathlib import Path
+
+        from dcgan import cluster
+        from dcgan.config import Compute
+
+        def report(file):
+            from ray.util import list_named_actors
+            Path(file).write_text(json.dumps(list_named_actors(all_namespaces=True)))
+
+        home = Path({str(tmp_path)!r})
+        with cluster.session(home, workers=1):
+            cluster.launch(report, (str(home / "actors"),), Compute(device="cpu"), home, "lean")
+            import ray
+            print(sorted(ray._private.worker._global_node.all_processes))
+    """
+    found = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE, text=True, check=True
+    )
+    assert found.stdout.splitlines()[-1] == "['gcs_server', 'raylet']"
+    assert json.loads((tmp_path / "actors").read_text()) == []
+
+
 def test_worker_killed_at_once_is_restarted_with_the_others(tmp_path: Path) -> None:
     def die_once(directory: str) -> None:
         import torch.distributed as dist

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import fabricated
 import numpy as np
@@ -253,6 +254,30 @@ def test_follow_delivers_while_training_runs(new_run: Callable[..., Run]) -> Non
         fabricated.play(run, 100, 600)
     assert steps(run, "train/d_loss") == STEPS
     assert grids(run) == [0, 6400]
+
+
+def test_follow_asks_mlflow_for_nothing_while_nothing_is_written(
+    new_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, courier, visits = new_run(), tracking._courier, []
+
+    def counted(*arguments: Any, **wanted: Any) -> Any:
+        visits.append(time.monotonic())
+        return courier(*arguments, **wanted)
+
+    monkeypatch.setattr(tracking, "_courier", counted)
+    monkeypatch.setattr(tracking, "SOON", 0.05)
+    monkeypatch.setattr(tracking, "EVERY", 0.05)
+    with tracking.follow(run):
+        fabricated.play(run, 0, 100)
+        _until(lambda: ledger(run).images == 100 * run.experiment.train.batch_size)
+        time.sleep(0.5)  # a delivery that had begun before the last line was written
+        seen = len(visits)
+        time.sleep(1)
+        assert len(visits) == seen
+        fabricated.draw(run, [100])
+        _until(lambda: grids(run) == [6400])
+    assert len(visits) > seen
 
 
 def _until(true: Callable[[], bool], seconds: float = 180) -> None:
