@@ -1,4 +1,4 @@
-"""Random search by Ray Tune: a function of many settings, each result kept. With cluster.py alone it imports ray."""
+"""Random search by Ray Tune: a function of many settings, each result kept. See cluster.py."""
 
 import json
 import logging

@@ -96,9 +96,9 @@ def train(run: Run, progress: Progress | None = None) -> None:
         if run.experiment.compute.workers == 0:
             train_here(str(run.path))
         else:
-            from dcgan import cluster
+            from dcgan import cluster_train
 
-            cluster.launch(train_here, (str(run.path),), run.experiment.compute, run.home, run.name)
+            cluster_train.launch(train_here, (str(run.path),), run.experiment.compute, run.home, run.name)
         _raise_if_diverged(run)
 
 

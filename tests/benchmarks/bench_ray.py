@@ -1,7 +1,7 @@
 """What Ray Train takes to start a worker, and beside a worker that does nothing: python tests/benchmarks/bench_ray.py
 
-Seconds from `cluster.launch` to the first line of the worker's function, the processor seconds of all processes until
-then, and afterwards the share of a processor that each takes. The second start has everything in the page cache.
+Seconds from `launch` to the first line of the worker's function, the processor seconds of all processes until then, and
+afterwards the share of a processor that each takes. The second start has everything in the page cache.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from bench_system import processor_seconds
 
-from dcgan import cluster
+from dcgan import cluster_train
 from dcgan.config import Compute
 
 
@@ -50,7 +50,7 @@ def main() -> None:
     chosen = parser.parse_args()
     if chosen.home:
         arguments = (str(chosen.home / "began"), chosen.seconds)
-        cluster.launch(idle, arguments, Compute(workers=1, device="cpu"), chosen.home, "idle")
+        cluster_train.launch(idle, arguments, Compute(workers=1, device="cpu"), chosen.home, "idle")
         return
     for number in (1, 2):
         with tempfile.TemporaryDirectory() as home:

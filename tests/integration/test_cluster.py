@@ -15,7 +15,7 @@ import fabricated
 import pytest
 import ray_nodes
 
-from dcgan import cluster, features
+from dcgan import cluster, cluster_train, features
 from dcgan.config import Compute
 from dcgan.run import Run
 
@@ -51,7 +51,7 @@ def test_workers_form_a_process_group_share_the_cores_and_stay_in_the_directory(
         }
         Path(directory, f"{dist.get_rank()}.json").write_text(json.dumps(seen))
 
-    cluster.launch(report, (str(ray_home),), compute(), ray_home, "group")
+    cluster_train.launch(report, (str(ray_home),), compute(), ray_home, "group")
 
     share = max(len(os.sched_getaffinity(0)), 2) // 2
     for rank in (0, 1):
@@ -70,7 +70,7 @@ def test_a_local_ray_starts_nothing_that_training_does_not_need(tmp_path: Path) 
         import json
         from pathlib import Path
 
-        from dcgan import cluster
+        from dcgan import cluster, cluster_train
         from dcgan.config import Compute
 
         def report(file):
@@ -79,7 +79,7 @@ def test_a_local_ray_starts_nothing_that_training_does_not_need(tmp_path: Path) 
 
         home = Path({str(tmp_path)!r})
         with cluster.session(home, workers=1):
-            cluster.launch(report, (str(home / "actors"),), Compute(device="cpu"), home, "lean")
+            cluster_train.launch(report, (str(home / "actors"),), Compute(device="cpu"), home, "lean")
             import ray
             print(sorted(ray._private.worker._global_node.all_processes))
     """
@@ -100,7 +100,7 @@ def test_worker_killed_at_once_is_restarted_with_the_others(tmp_path: Path) -> N
             os.kill(os.getpid(), signal.SIGKILL)
         dist.barrier()  # rank 0 waits here for a peer that is dead
 
-    cluster.launch(die_once, (str(tmp_path),), compute(max_failures=1), tmp_path, "killed")
+    cluster_train.launch(die_once, (str(tmp_path),), compute(max_failures=1), tmp_path, "killed")
 
     assert [(tmp_path / f"attempts-{rank}").read_text() for rank in (0, 1)] == ["xx", "xx"]
 
@@ -116,7 +116,7 @@ def test_exception_of_a_worker_is_one_line_and_one_that_would_repeat_is_not_retr
         dist.barrier()
 
     with pytest.raises(cluster.WorkerError, match=r"^worker 1: ValueError: train.batch_size=7 is wrong$"):
-        cluster.launch(fail, (str(ray_home),), compute(max_failures=3), ray_home, "failing")
+        cluster_train.launch(fail, (str(ray_home),), compute(max_failures=3), ray_home, "failing")
 
     assert (ray_home / "failures-1").read_text() == "x"
 
@@ -134,7 +134,7 @@ def test_what_ray_lacks_is_refused_before_anything_waits_for_it(ray_home: Path, 
     if asked.device == "cuda" and ray.cluster_resources().get("GPU"):
         pytest.skip("this machine has a GPU")
     with pytest.raises(ValueError, match=message):
-        cluster.launch(print, (), asked, ray_home, "refused")
+        cluster_train.launch(print, (), asked, ray_home, "refused")
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_what_ray_lacks_is_refused_before_anything_waits_for_it(ray_home: Path, 
     [([8], 1, 8), ([8], 3, 2), ([2, 2], 1, 2), ([4, 4, 1], 2, 4), ([3, 3], 3, 1), ([1, 1], 2, 1)],
 )
 def test_share_is_the_most_that_fits_within_nodes(nodes: list[int], workers: int, cpus: int) -> None:
-    assert cluster._share(nodes, workers) == cpus
+    assert cluster_train._share(nodes, workers) == cpus
 
 
 def test_two_workers_on_two_nodes_train_what_they_train_on_one(home: Path, tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_two_workers_on_two_nodes_train_what_they_train_on_one(home: Path, tmp_p
     script = f"""
         import os, sys
         from pathlib import Path
-        from dcgan import cluster, config, stages
+        from dcgan import cluster_train, config, stages
 
         def work(run):
             import ray
@@ -160,7 +160,7 @@ def test_two_workers_on_two_nodes_train_what_they_train_on_one(home: Path, tmp_p
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])  # a processor each, as the nodes have
         experiment = config.build("digits", {short!r} + ["data.home=" + sys.argv[1]])
         run = stages.ingest(experiment)
-        cluster.launch(work, (str(run.path),), experiment.compute, run.home, run.name)
+        cluster_train.launch(work, (str(run.path),), experiment.compute, run.home, run.name)
     """
 
     def trained(home: Path) -> tuple[set[str], Run]:

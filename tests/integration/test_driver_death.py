@@ -20,7 +20,7 @@ def test_no_process_survives_its_driver_and_nothing_is_written_to_the_users_home
     script = f"""
         import signal, time
         from pathlib import Path
-        from dcgan import cluster
+        from dcgan import cluster_train
         from dcgan.config import Compute
 
         def work(file):
@@ -28,7 +28,8 @@ def test_no_process_survives_its_driver_and_nothing_is_written_to_the_users_home
             time.sleep(600)
 
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
-        cluster.launch(work, ({str(tmp_path / "working")!r},), Compute(device="cpu"), Path({str(tmp_path)!r}), "long")
+        home = Path({str(tmp_path)!r})
+        cluster_train.launch(work, (str(home / "working"),), Compute(device="cpu"), home, "long")
     """
     (tmp_path / "user").mkdir()
     marker = f"DCGAN_TEST_MARKER={tmp_path}"

@@ -1,0 +1,160 @@
+"""Ray Train: run a function in several worker processes, here or on an existing cluster, and restart what dies.
+
+Each worker gets an equal share of the cores, a process group that is already initialised (gloo, or NCCL on GPUs) and
+the variables that torchrun sets. Ray's own checkpoints are not used: a restarted function finds its own.
+"""
+
+import importlib
+import logging
+import secrets
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dcgan.cluster import REPEATS, WorkerError, prepare, session, started_here, use_gpu
+from dcgan.config import Compute
+
+log = logging.getLogger(__name__)
+
+COLLECTIVE_TIMEOUT = 600  # seconds until a hung peer counts as dead: as long as Ray's own health check waits
+
+
+def launch(function: Callable[..., None], arguments: tuple, compute: Compute, home: Path, name: str) -> None:
+    """Run `function(*arguments)` in `compute.workers` >= 1 processes at once; return when all have returned.
+
+    If one dies or fails, all are stopped and started again, at most `compute.max_failures` times, and not at all for
+    an exception that a restart would only repeat. `name` is the run's in Ray's views; Ray's files go to `home`/ray.
+    Raises WorkerError, or ValueError before anything starts if Ray lacks the CPUs or GPUs that were asked for.
+    """
+    log.info("starting %d Ray worker%s", compute.workers, "" if compute.workers == 1 else "s")
+    prepare()
+    # Four seconds of imports, while Ray's servers start.
+    threading.Thread(target=importlib.import_module, args=("ray.train.torch",), name="imports", daemon=True).start()
+    for attempts_left in range(compute.max_failures, -1, -1):
+        with session(home, compute.workers):
+            from ray.exceptions import RayActorError
+            from ray.train import ControllerError, WorkerGroupError
+
+            others = _placement_groups()
+            try:
+                _trainer(function, arguments, compute, home, name).fit()
+                return
+            except WorkerGroupError as error:
+                raise _readable(error.worker_failures) from error
+            except ControllerError as error:
+                cause = error.controller_failure
+                if isinstance(cause, WorkerError):
+                    raise cause from error
+                # Ray gives up on a worker that dies before the group has started, whatever FailureConfig says, and
+                # then keeps the CPUs of the others: a session that is not ours would never have them back.
+                _remove_placement_groups(_placement_groups() - others)
+                if not (isinstance(cause, RayActorError) and attempts_left):
+                    raise WorkerError(f"Ray's controller failed: {type(cause).__name__}: {cause}") from error
+                log.warning("a worker died while the workers were starting; starting them again")
+
+
+def _placement_groups() -> set[str]:
+    """The ids of what holds CPUs for groups of workers."""
+    from ray.util import placement_group_table
+
+    return {name for name, group in placement_group_table().items() if group["state"] != "REMOVED"}
+
+
+def _remove_placement_groups(names: set[str]) -> None:
+    from ray.util import remove_placement_group
+    from ray.util.placement_group import PlacementGroup, PlacementGroupID
+
+    for name in names:
+        remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(name))))
+
+
+def _trainer(function: Callable[..., None], arguments: tuple, compute: Compute, home: Path, name: str) -> Any:
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+    from ray.train.v2._internal.execution.controller import TrainController
+    from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+
+    class StopOnRepeat(UserCallback):  # type: ignore[misc]  # mypy follows no import of ray
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            if any(isinstance(_own(error), REPEATS) for error in worker_exceptions.values()):
+                raise _readable(worker_exceptions)
+
+    class NoAutoscaler(FixedScalingPolicy):  # type: ignore[misc]
+        """Tells nobody how many CPUs are wanted."""
+
+        def _send_resource_request(self) -> None: ...
+        def _maybe_send_resource_request(self) -> None: ...
+        def _cancel_resource_request(self) -> None: ...
+
+    class Trainer(TorchTrainer):  # type: ignore[misc]
+        """Without three processes that are not needed, each with seconds to start and 1 % of a CPU from then on.
+
+        One hands out Ray's data sets, and there are none; one frees the CPUs of a controller that died, and one asks
+        for more machines, but a local Ray ends with its driver and has no more.
+        """
+
+        def _create_default_callbacks(self) -> list[Any]:
+            unneeded = [DatasetsCallback, *([PlacementGroupCleanerCallback] if started_here.is_set() else [])]
+            return [one for one in super()._create_default_callbacks() if not isinstance(one, tuple(unneeded))]
+
+        def _initialize_and_run_controller(self, **settings: Any) -> Any:
+            if not started_here.is_set():
+                return super()._initialize_and_run_controller(**settings)
+            settings["scaling_policy"] = NoAutoscaler(self.scaling_config)
+            # As Ray does, less a runtime environment: for that one it starts other processes than those it has started.
+            controller = ray.remote(num_cpus=0)(TrainController).remote(**settings)
+            ray.get(controller.run.remote())
+            return ray.get(controller.get_result.remote())
+
+        def _register_sigint_handler(self, controller: Any) -> None:
+            """None: Ray's swallows Ctrl-C; so KeyboardInterrupt is raised and the session is closed on the way."""
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cpus = _share([int(node.get("CPU", 0)) for node in nodes], compute.workers)
+    return Trainer(
+        _work,
+        train_loop_config={"function": function, "arguments": arguments, "threads": cpus},
+        torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT),
+        scaling_config=ScalingConfig(
+            num_workers=compute.workers,
+            use_gpu=use_gpu(compute, sum(int(node.get("GPU", 0)) for node in nodes)),
+            resources_per_worker={"CPU": cpus},
+        ),
+        run_config=RunConfig(
+            # A name of its own for each launch: Ray must never find a snapshot of its own to resume from.
+            name=f"{name}-{secrets.token_hex(4)}",
+            storage_path=str(home / "ray" / "train"),
+            failure_config=FailureConfig(max_failures=compute.max_failures),
+            callbacks=[StopOnRepeat()],
+        ),
+    )
+
+
+def _work(config: dict[str, Any]) -> None:
+    import torch
+
+    torch.set_num_threads(config["threads"])  # Ray leaves it at 1
+    config["function"](*config["arguments"])
+
+
+def _share(nodes: list[int], workers: int) -> int:
+    """The most CPUs each of `workers` can have, given the CPUs of each node; a worker lies within one node."""
+    for cpus in range(sum(nodes) // workers, 0, -1):
+        if sum(node // cpus for node in nodes) >= workers:
+            return cpus
+    raise ValueError(f"compute.workers={workers} needs as many CPUs, and Ray has {sum(nodes)}")
+
+
+def _readable(failures: dict[int, Exception]) -> WorkerError:
+    """The failure that says most: an exception of the function before the death of a process that took others along."""
+    rank, error = min(failures.items(), key=lambda item: (not isinstance(_own(item[1]), REPEATS), item[0]))
+    own = _own(error)
+    return WorkerError(f"worker {rank}: {type(own).__name__}: {' '.join(str(own).split())}")
+
+
+def _own(error: Exception) -> BaseException:
+    return getattr(error, "_base_exc", error)  # Ray wraps what the function raised
