@@ -10,16 +10,17 @@ import logging
 import shlex
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from dcgan import config, storage, summary
+from dcgan import config, stages, storage, summary, tracking
 from dcgan.config import digest
 from dcgan.reproduce import TABLES, record
 from dcgan.reproduce.rows import Figure, Measured, Row, Setting, check, home
-from dcgan.tracking import TrackingError
+from dcgan.run import Run
 
 log = logging.getLogger(__name__)
 
@@ -95,10 +96,25 @@ def _once(table: str, row: Row, overrides: tuple[str, ...], seed: int) -> dict[s
     if file.is_file():
         return json.loads(file.read_text())
     began = time.perf_counter()
-    measured = row.measure(Setting(overrides, seed, directory / name))
-    seconds = time.perf_counter() - began
-    storage.write_json(file, {**_where(), "seconds": seconds, "measured": dataclasses.asdict(measured)})
+    setting = Setting(overrides, seed, directory / name)
+    with _ended(setting.runs):
+        measured = row.measure(setting)
+        seconds = time.perf_counter() - began
+        storage.write_json(file, {**_where(), "seconds": seconds, "measured": dataclasses.asdict(measured)})
     return json.loads(file.read_text())
+
+
+@contextmanager
+def _ended(runs: dict[str, Run]) -> Iterator[None]:
+    """Have the runs that the body trains end with it: with report and scores in MLflow, or as failed."""
+    try:
+        yield
+    except BaseException as error:
+        for run in runs.values():
+            tracking.finish(run, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        raise
+    for run in runs.values():
+        stages.report(run)
 
 
 def together(found: Sequence[Measured]) -> Measured:
@@ -145,5 +161,5 @@ def _deliver(table: str, row: Row, content: dict[str, Any], where: Path) -> None
     params |= {"runs": " ".join(content["runs"]), "source": row.source or "-"}
     try:
         tracking_rows.log(where, f"reproduce-{table}", row.key, metrics, params, row.method)
-    except TrackingError as error:
+    except tracking.TrackingError as error:
         log.warning("%s; the row is kept in %s", error, where / "reproduced")

@@ -49,11 +49,15 @@ class Measured:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a row is measured with: the user's overrides, a seed, and a place for work of its own."""
+    """What a row is measured with: the user's overrides, a seed, and a place for work of its own.
+
+    runs: name to each run that has been trained for it.
+    """
 
     overrides: tuple[str, ...]
     seed: int
     directory: Path
+    runs: dict[str, Run] = field(default_factory=dict)
 
     def experiment(self, preset: DataSet, *words: str) -> Experiment:
         """The preset's experiment with the row's words, then the user's, then the seed.
@@ -73,6 +77,7 @@ class Setting:
         """A run of the preset, trained to its end."""
         run = stages.ingest(self.experiment(preset, *words))
         stages.train(run)
+        self.runs[run.name] = run
         return run
 
     def extracted(self, preset: DataSet, *words: str) -> Run:

@@ -71,7 +71,28 @@ def test_a_table_is_measured_shown_and_delivered(home: Path, tiny: None) -> None
     assert row.data.metrics["published/accuracy"] == 0.9
     assert {"random_init/accuracy", "raw_pixels/accuracy"} <= set(row.data.metrics)
     assert row.data.params["command"].startswith("dcgan reproduce mnist digits ")
-    assert row.data.params["runs"] == result["rows"]["digits"]["runs"][0]
+    (name,) = result["rows"]["digits"]["runs"]
+    assert row.data.params["runs"] == name
+
+    experiment = mlflow.get_experiment_by_name("digits")
+    (run,) = mlflow.search_runs([experiment.experiment_id])
+    assert (run.info.run_name, run.info.status) == (name, "FINISHED")
+    assert run.data.metrics["svm/accuracy"] == value
+    assert "report.html" in [file.path for file in mlflow.list_artifacts(run.info.run_id)]
+
+
+def test_a_run_whose_row_fails_after_training_has_failed(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(setting: Setting) -> Measured:
+        setting.trained("digits")
+        raise ValueError("the test labels are missing")
+
+    row = Row("digits", "digits", {}, "", fails)
+    monkeypatch.setitem(TABLES, "mnist", Table("MNIST", (Column("accuracy", "accuracy, %"),), (row,)))
+    reproduce("mnist", overrides=[*SMALL, "train.seed=7", f"data.home={home}"])
+    mlflow = MlflowClient(tracking.uri(home))
+    experiment = mlflow.get_experiment_by_name("digits")
+    (run,) = mlflow.search_runs([experiment.experiment_id])
+    assert run.info.status == "FAILED"
 
 
 def test_an_unreachable_mlflow_costs_the_row_nothing(home: Path, tiny: None, monkeypatch: pytest.MonkeyPatch) -> None:
