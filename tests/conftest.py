@@ -5,8 +5,8 @@ import os
 # Before torch is imported, here and in every process a test starts: on tensors as small as the tests', two threads
 # wait for each other more than they compute, many times more on a busy machine.
 os.environ["OMP_NUM_THREADS"] = "1"
-# Ray's workers have two all the same; where three suites run at once, a step of theirs took 740 ms while threads that
-# wait kept their core, and 165 since they give it up.
+# Ray's workers have two all the same. Those that wait give their core up, since three suites run at once:
+# tests/benchmarks/bench_waiting.py.
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180")  # as the Makefile has it
 
