@@ -57,7 +57,7 @@ def table(home: Path) -> str:
 
 
 def _bytes(path: Path) -> int:
-    return sum(file.stat().st_size for file in path.iterdir() if file.is_file())
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
 def _origin(store: Store) -> str:

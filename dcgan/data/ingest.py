@@ -164,6 +164,7 @@ def assemble(
     """
     about = opened.description
     images = shard_images or shards.images_per_shard(about.channels, about.size)
+    (directory / store.UNPUBLISHED).mkdir(exist_ok=True)
     jobs = list(_jobs(opened, directory, images, skip))
     _require_space(directory, opened)
     missing = [job for job in jobs if not shards.made(job)]
@@ -197,7 +198,7 @@ def _require_space(directory: Path, opened: Opened) -> None:
     """Raise OSError before any work if the file system can't hold the store."""
     about = opened.description
     needed = sum(map(len, opened.splits.values())) * about.channels * about.size**2
-    there = sum(file.stat().st_size for file in directory.iterdir())
+    there = sum(file.stat().st_size for file in (directory / store.UNPUBLISHED).iterdir())
     free = shutil.disk_usage(directory).free
     if needed - there > free:
         raise OSError(

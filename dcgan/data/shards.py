@@ -30,7 +30,9 @@ def images_per_shard(channels: int, size: int) -> int:
 
 @dataclass(frozen=True)
 class Job:
-    """A shard to make: `<split>-<number>.npy` in `directory`, from `records`, which know nothing of other shards.
+    """A shard to make: `<split>-<number>.npy` of the store in the working `directory`, its record beside that store.
+
+    records: its images; they know nothing of other shards.
 
     labels: how many classes there are. skip: leave out images that can't be decoded.
     """
@@ -46,11 +48,11 @@ class Job:
 
     @property
     def path(self) -> Path:
-        return self.directory / f"{self.split}-{self.number:05d}.npy"
+        return self.directory / store.UNPUBLISHED / f"{self.split}-{self.number:05d}.npy"
 
     @property
     def record(self) -> Path:
-        return self.path.with_suffix(".json")
+        return self.directory / f"{self.split}-{self.number:05d}.json"
 
 
 def read(job: Job) -> dict[str, Any]:
@@ -68,7 +70,7 @@ def made(job: Job) -> bool:
 
 
 def make(job: Job) -> dict[str, Any]:
-    """Make the shard and return its record, which is also beside it.
+    """Make the shard and return its record, which is also written down.
 
     bytes, sha256: of the file. labels: of its images, in order. sums, squares: of each channel's pixels, exact.
     skipped: [name, reason] of images left out. Raises ValueError, naming the image, if one can't be used.

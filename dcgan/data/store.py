@@ -17,6 +17,8 @@ from dcgan import storage
 
 log = logging.getLogger(__name__)
 
+UNPUBLISHED = "store"  # in a working directory: what will be renamed into `stores`
+
 
 @dataclass(frozen=True)
 class SourceFile:
@@ -80,20 +82,21 @@ def finish(
     sources: Sequence[SourceFile],
     duplicates_removed: int = 0,
 ) -> str:
-    """Publish a directory of shards as a store and return its fingerprint; `directory` is gone then.
+    """Publish the shards in a working directory as a store and return its fingerprint; `directory` is gone then.
 
-    A report in it, a directory such as `duplicates`, goes to `home`/duplicates/<fingerprint>.
+    A report in it, such as `duplicates`, goes to `home`/duplicates/<fingerprint>.
 
     splits: of each split, in the order to store, the records of its shards, as `shards.make` gives them.
     A store of this fingerprint that is already there stays, unless it is damaged: then it is replaced.
     Raises ValueError if a split is empty.
     """
+    staged = directory / UNPUBLISHED
     known = {}
     for name, records in splits.items():
         labels = np.array([label for record in records for label in record["labels"]], np.int64)
         if not len(labels):
             raise ValueError(f"{description.dataset}: split {name!r} has no images")
-        known[f"{name}-labels.npy"] = write_array(directory / f"{name}-labels.npy", labels)
+        known[f"{name}-labels.npy"] = write_array(staged / f"{name}-labels.npy", labels)
         for number, record in enumerate(records):
             if not record["labels"]:  # all were skipped, or duplicates; an empty file can't be mapped
                 continue
@@ -108,20 +111,21 @@ def finish(
         "files": known,
     }
     for file in known:
-        storage.flush(directory / file)
-    storage.write_json(directory / storage.MANIFEST, manifest)
-    name = storage.fingerprint(directory)
-    # The report goes last. Killed before, the shards whose records are gone are made again, and the groups in the
-    # report still apply to them; killed after, no record is left, and everything is made again.
-    for path in sorted(directory.iterdir(), key=Path.is_dir):
-        if path.is_dir():
-            shutil.rmtree(home / path.name / name, ignore_errors=True)
-            (home / path.name).mkdir(exist_ok=True)
-            path.rename(home / path.name / name)
-        elif path.name not in {*known, storage.MANIFEST}:
+        storage.flush(staged / file)
+    storage.write_json(staged / storage.MANIFEST, manifest)
+    for path in staged.iterdir():
+        if path.name not in {*known, storage.MANIFEST}:
             path.unlink()
+    name = storage.fingerprint(staged)
     _remove_damaged(home, name)
-    storage.publish(directory, home / "stores" / name)
+    storage.publish(staged, home / "stores" / name)
+    # Until here a kill loses no shard, since the records are outside what is renamed. From here the shards would be
+    # made again: the report goes after them, so that the groups in it still apply to them then.
+    for report in [path for path in directory.iterdir() if path.is_dir() and path != staged]:
+        shutil.rmtree(home / report.name / name, ignore_errors=True)
+        (home / report.name).mkdir(exist_ok=True)
+        report.rename(home / report.name / name)
+    shutil.rmtree(directory)
     return name
 
 

@@ -103,7 +103,8 @@ def test_a_shard_that_went_bad_meanwhile_is_made_again(tree: Path, tmp_path: Pat
         time.sleep(0.01)
     process.kill()
     process.wait()
-    shard = made(home)[0].with_suffix(".npy")
+    record = made(home)[0]
+    shard = record.parent / "store" / f"{record.stem}.npy"
     shard.write_bytes(shard.read_bytes()[:-1] + b"?")
     made(home)[1].write_text("{")
     assert ingest(data(tree), home) == fingerprint

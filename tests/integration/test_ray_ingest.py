@@ -60,7 +60,7 @@ def test_an_unreadable_image_is_named_and_what_is_mended_goes_on(tree: Path, tmp
         ingest.ingest(data(tree), home, maker=by_ray(home))
     assert not list((home / "stores").glob("[0-9a-f]*")), "no store"
     records = list((home / "stores").glob(".ingest-*/*-[0-9]*.json"))
-    made = {path.with_suffix(".npy").stat().st_mtime_ns for path in records}
+    made = {(path.parent / "store" / f"{path.stem}.npy").stat().st_mtime_ns for path in records}
     assert made, "shards that were complete before"
     skipping = ingest.ingest(data(tree, unreadable="skip"), home, maker=by_ray(home))
     kept = {path.stat().st_mtime_ns for path in (home / "stores" / skipping).iterdir()}

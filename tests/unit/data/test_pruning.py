@@ -93,26 +93,26 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("left", [0, 1, 3])
+@pytest.mark.parametrize("at", ["os.rename", "pathlib.Path.rename", "shutil.rmtree"])
 def test_killed_while_it_is_published_the_store_is_the_same(
-    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: int
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
-    """Publishing removes the records of the shards, and the groups that they were pruned by."""
+    """Before the shards are renamed, none is made again; then, before the report is, and before the rest goes."""
     whole = opened(tree, tmp_path / "whole", True)
-    unlink, removed = Path.unlink, 0
 
-    def until_killed(self: Path, missing_ok: bool = False) -> None:
-        nonlocal removed
-        if self.parent.name.startswith(".ingest-") and self.suffix == ".json":
-            removed += 1
-            if removed > left:
-                raise Killed
-        unlink(self, missing_ok)
+    def killed(path: Path, *_: object, **__: object) -> None:
+        if ".ingest-" in str(path):
+            raise Killed
 
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "unlink", until_killed)
+        patched.setattr(at, killed)
         with pytest.raises(Killed):
             opened(tree, tmp_path / "home", True)
+    made = []
+    make = shards.make
+    monkeypatch.setattr(shards, "make", lambda job: made.append(job.path.name) or make(job))
     again = opened(tree, tmp_path / "home", True)
+    assert (made == []) == (at == "os.rename")
     assert again.fingerprint == whole.fingerprint
     assert (tmp_path / "home" / "duplicates" / again.fingerprint / "groups.json").exists()
+    assert not list((tmp_path / "home" / "stores").glob(".ingest-*"))
