@@ -4,11 +4,13 @@ Each worker gets an equal share of the cores, a process group that is already in
 the variables that torchrun sets. Ray's own checkpoints are not used: a restarted function finds its own.
 """
 
+import asyncio
 import importlib
 import logging
 import secrets
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,7 @@ def _trainer(function: Callable[..., None], arguments: tuple, compute: Compute, 
     from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
     from ray.train.v2._internal.execution.controller import TrainController
     from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+    from ray.train.v2._internal.execution.worker_group import WorkerGroup
 
     class StopOnRepeat(UserCallback):  # type: ignore[misc]  # mypy follows no import of ray
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
@@ -90,11 +93,33 @@ def _trainer(function: Callable[..., None], arguments: tuple, compute: Compute, 
         def _maybe_send_resource_request(self) -> None: ...
         def _cancel_resource_request(self) -> None: ...
 
-    class Trainer(TorchTrainer):  # type: ignore[misc]
-        """Without three processes that are not needed, each with seconds to start and 1 % of a CPU from then on.
+    class Workers(WorkerGroup):  # type: ignore[misc]
+        """Without the actor at which workers wait for one another when they report to Ray, which ours never do."""
 
-        One hands out Ray's data sets, and there are none; one frees the CPUs of a controller that died, and one asks
-        for more machines, but a local Ray ends with its driver and has no more.
+        def _init_train_context_on_workers(self, workers: list[Any], actor: Any, arguments: dict[str, list]) -> None:
+            ray.kill(actor)
+            prepared = [
+                worker.actor.init_train_context.remote(
+                    train_run_context=self._train_run_context,
+                    distributed_context=worker.distributed_context,
+                    synchronization_actor=actor,
+                    storage_context=self._storage_context,
+                    worker_callbacks=self._worker_callbacks_to_propagate,
+                    controller_actor=None,  # for reports, too
+                    **{name: values[rank] for name, values in arguments.items()},
+                )
+                for rank, worker in enumerate(workers)
+            ]
+            ray.get(prepared)
+
+    class Controller(TrainController):  # type: ignore[misc]
+        worker_group_cls = Workers
+
+    class Trainer(TorchTrainer):  # type: ignore[misc]
+        """Without processes that are not needed, each with seconds to start and 1 % of a CPU from then on.
+
+        One hands out Ray's data sets, and there are none. A local Ray has no more machines that one could ask for, and
+        ends with its driver: so the controller runs in here, and no other process frees its CPUs when it dies.
         """
 
         def _create_default_callbacks(self) -> list[Any]:
@@ -102,13 +127,14 @@ def _trainer(function: Callable[..., None], arguments: tuple, compute: Compute, 
             return [one for one in super()._create_default_callbacks() if not isinstance(one, tuple(unneeded))]
 
         def _initialize_and_run_controller(self, **settings: Any) -> Any:
-            if not started_here.is_set():
+            if started_here.is_set():
+                settings["scaling_policy"] = NoAutoscaler(self.scaling_config)
+            if not started_here.is_set() or _in_event_loop():
                 return super()._initialize_and_run_controller(**settings)
-            settings["scaling_policy"] = NoAutoscaler(self.scaling_config)
-            # As Ray does, less a runtime environment: for that one it starts other processes than those it has started.
-            controller = ray.remote(num_cpus=0)(TrainController).remote(**settings)
-            ray.get(controller.run.remote())
-            return ray.get(controller.get_result.remote())
+            controller = Controller(**settings)
+            with closing(asyncio.new_event_loop()) as loop:  # unlike asyncio.run, which would wait to be interrupted
+                loop.run_until_complete(controller.run())
+            return controller.get_result()
 
         def _register_sigint_handler(self, controller: Any) -> None:
             """None: Ray's swallows Ctrl-C; so KeyboardInterrupt is raised and the session is closed on the way."""
@@ -132,6 +158,15 @@ def _trainer(function: Callable[..., None], arguments: tuple, compute: Compute, 
             callbacks=[StopOnRepeat()],
         ),
     )
+
+
+def _in_event_loop() -> bool:
+    """Whether this thread runs one already, as a notebook's does: it can't run a second."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _work(config: dict[str, Any]) -> None:
