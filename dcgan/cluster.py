@@ -139,15 +139,20 @@ def session(home: Path, workers: int) -> Iterator[None]:
     with _short(home / "ray") as directory:
         before = signal.getsignal(signal.SIGTERM)
         _connect(address, directory, workers)
-        if before != signal.SIG_DFL and threading.current_thread() is threading.main_thread():
-            # Prefect can't cancel a flow whose handler Ray has replaced. Where there was none, Ray's stays: it exits,
-            # and the session is closed on the way.
-            signal.signal(signal.SIGTERM, before)
         try:
+            # Ray's handler prints the machine code's stack and dies on the spot, and Prefect can't cancel a flow whose
+            # handler was replaced. Where there was none, SIGTERM is now Ctrl-C: the session is closed on the way.
+            _handle_sigterm(signal.default_int_handler if before == signal.SIG_DFL else before)
             yield
         finally:
             started_here.clear()
             ray.shutdown()
+            _handle_sigterm(before)
+
+
+def _handle_sigterm(handler: Any) -> None:
+    if threading.current_thread() is threading.main_thread():  # others can't
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _connect(address: str, directory: Path, workers: int) -> None:

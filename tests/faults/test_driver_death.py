@@ -46,8 +46,11 @@ def test_no_process_survives_its_driver_and_nothing_is_written_to_the_users_home
 
     try:
         driver.send_signal(sent)
-        driver.wait(60)
+        _, said = driver.communicate(timeout=60)
         assert driver.returncode != 0
+        # SIGTERM is like Ctrl-C: an exception that closes what is open, and no stack of machine code.
+        assert (b"KeyboardInterrupt" in said) == (sent != signal.SIGKILL)
+        assert b"*** SIG" not in said
         deadline = time.monotonic() + 120
         while survivors := _processes(marker):
             assert time.monotonic() < deadline, f"not gone within 120 s: {survivors}"
