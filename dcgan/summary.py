@@ -92,8 +92,8 @@ def headline(run: Run) -> str:
     best = max((row for row in main_rows(run) if row.features is not None), key=_worth, default=None)
     if best is None:
         return f"{trained}; its features have not been scored."
-    against = f", {best.random_init:.1%} without training" if best.random_init is not None else ""
-    return f"{trained}; its discriminator's features reach {best.features:.1%} {best.metric}{against}."
+    against = f", and {best.random_init:.1%} without training" if best.random_init is not None else ""
+    return f"{trained}; its discriminator's features have {best.features:.1%} in {best.metric}{against}."
 
 
 def _worth(row: Row) -> float:

@@ -52,7 +52,7 @@ def test_a_finished_run_is_one_file_without_scripts_or_addresses(run: Run) -> No
     assert len(page.of("img")) == 1 + 7
     assert len(page.of("svg")) == len(report.CHARTS)
     assert not re.search(r"url\(|@import", (run.path / "report.html").read_text())
-    assert "reach 93.0% svm/accuracy, 88.0% without training" in page.text
+    assert "have 93.0% in svm/accuracy, and 88.0% without training" in page.text
     assert "dcgan run digits train.steps=600" in page.text
     assert run.fingerprint in page.text
 
