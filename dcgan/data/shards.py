@@ -32,9 +32,8 @@ def images_per_shard(channels: int, size: int) -> int:
 class Job:
     """A shard to make: `<split>-<number>.npy` of the store in the working `directory`, its record beside that store.
 
-    records: its images; they know nothing of other shards.
-
-    labels: how many classes there are. skip: leave out images that can't be decoded.
+    records: its images; they know nothing of other shards. labels: how many classes there are.
+    skip: leave out images that can't be decoded.
     """
 
     directory: Path
