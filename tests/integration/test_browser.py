@@ -96,7 +96,7 @@ def test_mlflow_shows_the_run_its_time_lapse_and_two_runs_side_by_side(
             # The run's page: what was run, on what, and what came out.
             page.open(address, 1500, 3000)
             page.wait("document.body.innerText.includes('train.batch_size')")
-            for shown in ("Finished", f"random ({run.fingerprint})", "reach 93.0% svm/accuracy", "train/d_loss"):
+            for shown in ("Finished", f"random ({run.fingerprint})", "93.0% in svm/accuracy", "train/d_loss"):
                 assert shown in page.text()
 
             # Its charts, with the sample grids by images seen.
