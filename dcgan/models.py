@@ -132,9 +132,9 @@ class Generator(_Network):
             x = x.contiguous(memory_format=torch.channels_last)
         if isinstance(self.project_norm, nn.BatchNorm2d):
             x = self.project_norm(x)
-        x = F.relu(x)
+        x = F.relu(x, inplace=True)
         for conv, norm in zip(self.convs, self.norms, strict=False):
-            x = F.relu(norm(conv(join(x, onehot))))
+            x = F.relu(norm(conv(join(x, onehot))), inplace=True)
         return torch.tanh(self.convs[-1](join(x, onehot)))
 
 
@@ -182,7 +182,7 @@ class Discriminator(_Network):
             x = conv(join(x, onehot))
             if index:
                 x = self.norms[index - 1](x)
-            x = F.leaky_relu(x, SLOPE)
+            x = F.leaky_relu(x, SLOPE, inplace=True)
             layers.append(x)
         return layers
 

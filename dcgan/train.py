@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from dcgan import checkpoint, distributed, models, storage
+from dcgan import checkpoint, distributed, memory, models, storage
 from dcgan.data.batches import Batches
 from dcgan.data.store import Store
 from dcgan.distributed import Place
@@ -37,6 +37,7 @@ def train(run: Run) -> None:
     ValueError for settings that don't fit them.
     """
     settings = run.experiment.train
+    memory.keep()
     with distributed.join(run.experiment.compute.device) as place, run.lock() if place.first else nullcontext():
         # Announce what this run is.
         store = run.store(verify=place.first)

@@ -19,7 +19,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tutorial import Tutorial, loaded
 
-from dcgan import models
+from dcgan import memory, models
 from dcgan.config import Model, Train
 from dcgan.data.batches import Batch
 from dcgan.distributed import Place
@@ -85,6 +85,7 @@ def operations(size: int, count: int, width: int = 64) -> int:
 
 
 def compare(size: int, count: int, device: torch.device, pairs: int, block: float, variants: list[str]) -> dict:
+    memory.keep()  # as training does; the eager loop, in the same process, gains by it, too
     data = batches(size, count, device)
     floats = [batch.images.float().div(127.5).sub(1) for batch in data]
     eager = Tutorial(size, device)

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench_step import wait
 from fabricated import write_store
 
-from dcgan import checkpoint, keeper, models, train
+from dcgan import checkpoint, keeper, memory, models, train
 from dcgan import stages as pipeline
 from dcgan.config import Experiment, validate
 from dcgan.data.batches import Batches
@@ -86,6 +86,7 @@ class Bare:
 
     def __init__(self, run: Run) -> None:
         place, settings = place_of(run), run.experiment.train
+        memory.keep()
         self.player, store = Player(new_game(run, place, 0.0), run.experiment.compute.graph), run.store()
         data = Batches(store, store.training, settings.batch_size, settings.seed, place, run.experiment.model)
         self.batches, self.step = data.from_step(0), 0

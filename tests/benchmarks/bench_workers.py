@@ -25,7 +25,7 @@ def work(size: int, batch: int, steps: int) -> None:
     from bench_step import batches
     from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
-    from dcgan import distributed, models
+    from dcgan import distributed, memory, models
     from dcgan.config import Model, Train
     from dcgan.distributed import share
     from dcgan.player import Player
@@ -34,6 +34,7 @@ def work(size: int, batch: int, steps: int) -> None:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     with distributed.join("cpu") as place:
         nets = models.build(Model(kernel=4, width=64, z="normal"), 3, 0, size, seed=0)
+        memory.keep()
         play = Player(Game(*nets, Train(steps=10**9, batch_size=batch), place), True)
         sent = [0]
 

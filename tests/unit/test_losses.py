@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from dcgan import models
+from dcgan import convolution, models, winograd
 from dcgan.config import Model, Train
 from dcgan.data.batches import Batches
 from dcgan.distributed import Place
@@ -62,6 +62,19 @@ def test_losses_are_those_of_the_plain_step(digits_store, settings, first):
     expected, got = np.array(json.loads(FILE.read_text())), play(digits_store, **settings)
     np.testing.assert_allclose(got[:10], expected[:10], rtol=first)
     np.testing.assert_allclose(windows(got), windows(expected), rtol=TOLERANCE)
+
+
+def test_losses_by_winograds_filtering_are_those_of_the_plain_step(digits_store, monkeypatch):
+    """In every layer of stride 2, however narrow."""
+    calls = []
+    monkeypatch.setattr(convolution, "LIMIT", float("inf"))
+    for function in (winograd.Convolution, winograd.Transposed):
+        apply = function.apply
+        monkeypatch.setattr(function, "apply", lambda *args, a=apply: calls.append(1) or a(*args))
+    expected, got = np.array(json.loads(FILE.read_text())), play(digits_store, memory_format="channels_last")
+    np.testing.assert_allclose(got[:10], expected[:10], rtol=1e-3)
+    np.testing.assert_allclose(windows(got), windows(expected), rtol=TOLERANCE)
+    assert len(calls) == STEPS * (3 * 3 + 3)
 
 
 @pytest.mark.gpu

@@ -1,0 +1,215 @@
+"""Convolutions of stride 2 by Winograd's minimal filtering: less than half the multiplications of the sum as written.
+
+A convolution of stride 2 is one of stride 1 over pixels taken two by two, in both directions, with a kernel of half the
+size: r = 2 for kernels of 3 and 4, 3 for those of 5. Tiles of m x m outputs are then F(m x m, r x r) of Lavin and Gray
+(2016), section 4: y = A' [(G w) . (B' x)], whose (m + r - 1)^2 products replace m^2 r^2. The sums over channels are
+products of matrices. The three gradients are those of the same bilinear form, so everything here is one of four maps
+(to tiles and from tiles, of the larger and of the smaller side) around a product.
+
+In memory a batch is (N, H, W, C), "channels last". It is worked on in parts, whose tiles stay in the processor's cache.
+"""
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+M = 4  # outputs of a tile along a side; float32 loses 4 more bits with 6
+POINTS = {2: (0, 1, -1, 2), 3: (0, 1, -1, 2, -2)}  # of the polynomials, besides infinity
+PART = 2**25  # bytes of the tiles of a part
+
+
+class Form(NamedTuple):
+    """Matrices of both directions at once, n = M + r - 1: inputs (n^2, n^2), weights (n^2, r^2), outputs (M^2, n^2)."""
+
+    inputs: Tensor
+    weights: Tensor
+    outputs: Tensor
+
+
+@cache
+def form(r: int, dtype: torch.dtype) -> Form:
+    """F(M x M, r x r) by Toom and Cook: polynomials multiplied by their values at POINTS and infinity, transposed."""
+
+    def values(length: int) -> Tensor:
+        rows = [[float(point) ** power for power in range(length)] for point in POINTS[r]]
+        return torch.tensor([*rows, [0.0] * (length - 1) + [1.0]], dtype=torch.float64)
+
+    sides = torch.linalg.inv(values(M + r - 1)).T, values(r), values(M).T
+    return Form(*(torch.kron(side, side).to(dtype) for side in sides))
+
+
+class Layer(NamedTuple):
+    """The geometry of a convolution from a larger map (N, D, 2h, 2w) to a smaller one (N, C, h, w)."""
+
+    kernel: int
+    padding: int
+    height: int  # h
+    width: int  # w
+
+    @property
+    def r(self) -> int:
+        return (self.kernel + 1) // 2
+
+    @property
+    def n(self) -> int:
+        return M + self.r - 1
+
+    @property
+    def tiles(self) -> tuple[int, int]:
+        return -(-self.height // M), -(-self.width // M)
+
+    def weights(self, weight: Tensor) -> Tensor:
+        """(C, D, kernel, kernel) to (n^2, C, 4 D)."""
+        more = 2 * self.r - self.kernel
+        count, channels, r = *weight.shape[:2], self.r
+        pairs = F.pad(weight.permute(0, 2, 3, 1), (0, 0, 0, more, 0, more)).view(count, r, 2, r, 2, channels)
+        rows = pairs.permute(1, 3, 0, 2, 4, 5).reshape(r * r, -1)
+        return (form(r, weight.dtype).weights @ rows).view(-1, count, 4 * channels)
+
+    def weight_gradient(self, gradient: Tensor) -> Tensor:
+        """(n^2, C, 4 D) to (C, D, kernel, kernel)."""
+        r, (_, count, channels) = self.r, gradient.shape
+        rows = form(r, gradient.dtype).weights.T @ gradient.view(len(gradient), -1)
+        pairs = rows.view(r, r, count, 2, 2, channels // 4).permute(2, 0, 3, 1, 4, 5)
+        pixels = pairs.reshape(count, 2 * r, 2 * r, channels // 4)
+        return pixels[:, : self.kernel, : self.kernel].permute(0, 3, 1, 2)
+
+    def large_to_tiles(self, large: Tensor) -> Tensor:
+        """(N, 2h, 2w, D) to (n^2, N tiles, 4 D): B' x."""
+        (rows, columns), n, (count, height, width, channels) = self.tiles, self.n, large.shape
+        before, below, right = self.padding, self.padding + height, self.padding + width
+        padded = large.new_empty(count, 2 * (M * rows + n - M), 2 * (M * columns + n - M), channels)
+        padded[:, before:below, before:right] = large
+        for edge in (padded[:, :before], padded[:, below:], padded[:, :, :before], padded[:, :, right:]):
+            edge.zero_()
+        a, b, c, d = padded.stride()
+        size = (n, n, count, rows, columns, 2, 2 * channels)
+        tiles = padded.as_strided(size, (2 * b, 2 * c, a, 2 * M * b, 2 * M * c, b, d)).reshape(n * n, -1)
+        found = form(self.r, large.dtype).inputs @ tiles
+        return found.view(n * n, count * rows * columns, 4 * channels)
+
+    def tiles_to_large(self, tiles: Tensor, out: Tensor) -> None:
+        """Its transpose, into (N, 2h, 2w, D): tiles are added up where they overlap."""
+        (rows, columns), n, over = self.tiles, self.n, self.r - 1
+        count, height, width, channels = out.shape
+        found = form(self.r, out.dtype).inputs.T @ tiles.view(n * n, -1)
+        found = found.view(n, n, count, rows, columns, 2, 2 * channels).permute(2, 3, 0, 5, 4, 1, 6)
+        total = out.new_empty(count, rows + 1, M, 2, columns + 1, M, 2 * channels)
+        total[:, -1].zero_()
+        total[:, :-1, :, :, -1].zero_()
+        total[:, :-1, :, :, :-1] = found[:, :, :M, :, :, :M]
+        total[:, 1:, :over, :, :-1] += found[:, :, M:, :, :, :M]
+        total[:, :-1, :, :, 1:, :over] += found[:, :, :M, :, :, M:]
+        total[:, 1:, :over, :, 1:, :over] += found[:, :, M:, :, :, M:]
+        pixels = total.view(count, 2 * M * (rows + 1), 2 * M * (columns + 1), channels)
+        out.copy_(pixels[:, self.padding : self.padding + height, self.padding : self.padding + width])
+
+    def small_to_tiles(self, small: Tensor) -> Tensor:
+        """(N, h, w, C) to (n^2, N tiles, C): the transpose of A'."""
+        (rows, columns), (count, height, width, channels) = self.tiles, small.shape
+        padded = F.pad(small, (0, 0, 0, M * columns - width, 0, M * rows - height))
+        tiles = padded.view(count, rows, M, columns, M, channels).permute(2, 4, 0, 1, 3, 5).reshape(M * M, -1)
+        found = form(self.r, small.dtype).outputs.T @ tiles
+        return found.view(-1, count * rows * columns, channels)
+
+    def tiles_to_small(self, tiles: Tensor, out: Tensor) -> None:
+        """A', into (N, h, w, C)."""
+        (rows, columns), (count, height, width, channels) = self.tiles, out.shape
+        found = form(self.r, out.dtype).outputs @ tiles.view(len(tiles), -1)
+        found = found.view(M, M, count, rows, columns, channels).permute(2, 3, 0, 4, 1, 5)
+        if (M * rows, M * columns) == (height, width):
+            out.view(found.shape).copy_(found)
+        else:
+            out.copy_(found.reshape(count, M * rows, M * columns, channels)[:, :height, :width])
+
+    def parts(self, count: int, channels: int, itemsize: int) -> Iterator[slice]:
+        """Of `count` images with D channels, of about the same size."""
+        rows, columns = self.tiles
+        each = self.n**2 * rows * columns * 4 * channels * itemsize
+        number = -(-count * each // PART)
+        size = -(-count // number)
+        return (slice(i, min(i + size, count)) for i in range(0, count, size))
+
+
+class Convolution(torch.autograd.Function):
+    """x (N, D, 2h, 2w), weight (C, D, kernel, kernel) to (N, C, h, w), as `F.conv2d` with stride 2."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, layer: Layer) -> Tensor:
+        pixels, weights = _pixels(x), layer.weights(weight)
+        out = _empty(x, len(weight), layer.height, layer.width)
+        ctx.layer, kept = layer, []
+        for part in layer.parts(len(x), x.shape[1], x.itemsize):
+            tiles = layer.large_to_tiles(pixels[part])
+            layer.tiles_to_small(tiles @ weights.mT, _pixels(out)[part])
+            if ctx.needs_input_grad[1]:
+                kept.append(tiles)
+        ctx.save_for_backward(weights, *kept)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        (weights, *kept), layer = ctx.saved_tensors, ctx.layer
+        channels = weights.shape[2] // 4
+        pixels, out, total = _pixels(gradient), None, None
+        if ctx.needs_input_grad[0]:
+            out = _empty(gradient, channels, 2 * layer.height, 2 * layer.width)
+        for i, part in enumerate(layer.parts(len(gradient), channels, gradient.itemsize)):
+            tiles = layer.small_to_tiles(pixels[part])
+            if ctx.needs_input_grad[1]:
+                total = _add_product(total, tiles.mT, kept[i])
+            if out is not None:
+                layer.tiles_to_large(tiles @ weights, _pixels(out)[part])
+        return out, None if total is None else layer.weight_gradient(total), None
+
+
+class Transposed(torch.autograd.Function):
+    """x (N, C, h, w), weight (C, D, kernel, kernel) to (N, D, 2h, 2w), as `F.conv_transpose2d` with stride 2."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, layer: Layer) -> Tensor:
+        pixels, weights, channels = _pixels(x), layer.weights(weight), weight.shape[1]
+        out = _empty(x, channels, 2 * layer.height, 2 * layer.width)
+        ctx.layer, kept = layer, []
+        for part in layer.parts(len(x), channels, x.itemsize):
+            tiles = layer.small_to_tiles(pixels[part])
+            layer.tiles_to_large(tiles @ weights, _pixels(out)[part])
+            if ctx.needs_input_grad[1]:
+                kept.append(tiles)
+        ctx.save_for_backward(weights, *kept)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        (weights, *kept), layer = ctx.saved_tensors, ctx.layer
+        count, channels = weights.shape[1], weights.shape[2] // 4
+        pixels, out, total = _pixels(gradient), None, None
+        if ctx.needs_input_grad[0]:
+            out = _empty(gradient, count, layer.height, layer.width)
+        for i, part in enumerate(layer.parts(len(gradient), channels, gradient.itemsize)):
+            tiles = layer.large_to_tiles(pixels[part])
+            if ctx.needs_input_grad[1]:
+                total = _add_product(total, kept[i].mT, tiles)
+            if out is not None:
+                layer.tiles_to_small(tiles @ weights.mT, _pixels(out)[part])
+        return out, None if total is None else layer.weight_gradient(total), None
+
+
+def _pixels(x: Tensor) -> Tensor:
+    """(N, C, H, W) as (N, H, W, C), a view if that is how it lies in memory."""
+    return x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+
+
+def _empty(like: Tensor, channels: int, height: int, width: int) -> Tensor:
+    return torch.empty((len(like), channels, height, width), dtype=like.dtype, memory_format=torch.channels_last)
+
+
+def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    return a @ b if total is None else total.baddbmm_(a, b)
