@@ -98,15 +98,16 @@ class Layer(NamedTuple):
         (rows, columns), n, over = self.tiles, self.n, self.r - 1
         count, height, width, channels = out.shape
         found = form(self.r, out.dtype).inputs.T @ tiles.view(n * n, -1)
-        found = found.view(n, n, count, rows, columns, 2, 2 * channels).permute(2, 3, 0, 5, 4, 1, 6)
-        total = out.new_empty(count, rows + 1, M, 2, columns + 1, M, 2 * channels)
-        total[:, -1].zero_()
-        total[:, :-1, :, :, -1].zero_()
-        total[:, :-1, :, :, :-1] = found[:, :, :M, :, :, :M]
-        total[:, 1:, :over, :, :-1] += found[:, :, M:, :, :, :M]
-        total[:, :-1, :, :, 1:, :over] += found[:, :, :M, :, :, M:]
-        total[:, 1:, :over, :, 1:, :over] += found[:, :, M:, :, :, M:]
-        pixels = total.view(count, 2 * M * (rows + 1), 2 * M * (columns + 1), channels)
+        found = found.view(n, n, count, rows, columns, 2, 2 * channels).permute(2, 3, 5, 4, 6, 0, 1)
+        total = out.new_empty(count, M * rows + over, 2, M * columns + over, 2 * channels)
+        total[:, M * rows :].zero_()
+        total[:, : M * rows, :, M * columns :].zero_()
+        windows = total.unfold(1, n, M).unfold(3, n, M)  # (N, rows, 2, columns, 2 D, n, n), one over the other
+        windows[..., :M, :M] = found[..., :M, :M]
+        windows[..., M:, :M] += found[..., M:, :M]
+        windows[..., :M, M:] += found[..., :M, M:]
+        windows[..., M:, M:] += found[..., M:, M:]
+        pixels = total.view(count, 2 * (M * rows + over), 2 * (M * columns + over), channels)
         out.copy_(pixels[:, self.padding : self.padding + height, self.padding : self.padding + width])
 
     def small_to_tiles(self, small: Tensor) -> Tensor:
