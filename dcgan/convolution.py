@@ -21,10 +21,10 @@ from dcgan.winograd import Layer
 LARGEST = 2**24
 
 # How long Winograd's tiles take to be made, in multiplications of a product of matrices: a number of the larger map's
-# tiles, of the smaller map's, of the transformed weights. Measured with AVX2 on 2 cores, for 3, 4 and 5 taps, 32 to 512
-# channels, maps of 8 to 32 px and 16 to 128 images, where the ratio that follows is within 0.15 of the measured one for
-# the most part. Tiles that are made for three products (with the weight gradient) cost two thirds of those for two.
-TILES = {True: (113, 13, 35), False: (170, 20, 35)}
+# tiles, of the smaller map's, of the transformed weights. Fitted with AVX2 on 2 cores to layers of 3 to 5 taps, 32 to
+# 512 channels, 8 to 32 px and 16 to 128 images, whose time is met within 13 % (tests/benchmarks/bench_winograd.py).
+# Tiles that are made for three products, with the weight gradient's, cost less each than those for two.
+TILES = {True: (45, 35, 30), False: (90, 55, 40)}
 LIMIT = 0.9  # of the time that the sum as written takes
 
 
@@ -73,11 +73,16 @@ def _by_winograd(x: Tensor, weight: Tensor, layer: Layer) -> bool:
         return False
     if not (weight.requires_grad or x.requires_grad) or not weight.is_contiguous(memory_format=torch.channels_last):
         return False
+    return winograd_time(len(x), weight, layer) < LIMIT
+
+
+def winograd_time(images: int, weight: Tensor, layer: Layer) -> float:
+    """Expected time of the layer's convolution and gradients by Winograd's filtering, that of the library's being 1."""
     count, channels = weight.shape[:2]
     large, small, weights = TILES[weight.requires_grad]
     tiles = layer.tiles[0] * layer.tiles[1]
-    work = 4 * layer.n**2 * tiles * (1 + large / count + small / channels + weights / (len(x) * tiles))
-    return work < LIMIT * layer.height * layer.width * layer.kernel**2
+    products = 4 * layer.n**2 * tiles * (1 + large / count + small / channels + weights / (images * tiles))
+    return products / (layer.height * layer.width * layer.kernel**2)
 
 
 def _by_patches(x: Tensor, weight: Tensor, stride: int, large: torch.Size) -> bool:
