@@ -1,9 +1,8 @@
 """Strided convolutions, computed in another way than the library's where that is faster in training on a CPU.
 
-By Winograd's filtering (`dcgan/winograd.py`): in float32, layers of many channels. Otherwise the weight gradient as one
-product of matrices: for small maps with many channels oneDNN takes 1.3 to 1.4 times as long in float32 with AVX2, and
-two to five times in bfloat16 with AMX, as the product of the output's gradient with the input's patches does.
-Everything else stays the library's, and so do the numbers, but for rounding.
+In float32, layers of many channels by Winograd's filtering (`dcgan/winograd.py`). In bfloat16 with AMX, the weight
+gradient of small maps as one product of matrices, of the gradient and the patches that it comes from, for which oneDNN
+takes two to five times as long. Everything else stays the library's, and so do the numbers, but for rounding.
 """
 
 from typing import Any
@@ -16,8 +15,7 @@ from torch.autograd.function import once_differentiable
 from dcgan import winograd
 from dcgan.winograd import Layer
 
-# Bytes of the patches: those of 128 images, 4x4 and stride 2, of 64 channels at 16 px in bfloat16 or of 128 channels at
-# 8 px in float32. Twice as many were slower in either.
+# Bytes of the patches: those of 128 images, 4x4 and stride 2, of 64 channels at 16 px. Twice as many were slower.
 LARGEST = 2**24
 
 # How long Winograd's tiles take to be made, in multiplications of a product of matrices: a number of the larger map's
@@ -87,15 +85,13 @@ def winograd_time(images: int, weight: Tensor, layer: Layer) -> float:
 
 def _by_patches(x: Tensor, weight: Tensor, stride: int, large: torch.Size) -> bool:
     """Whether the weight gradient is wanted and faster by patches of the larger map, (N, C, H, W) of size `large`."""
-    if not (x.device.type == "cpu" and torch.is_grad_enabled() and weight.requires_grad and _products_are_fast(x)):
+    if not (x.device.type == "cpu" and torch.is_grad_enabled() and weight.requires_grad):
+        return False
+    if _dtype(x) != torch.bfloat16 or not torch.cpu._is_amx_tile_supported():
         return False
     images, channels, height, width = large
     values = images * (height // stride) * (width // stride) * channels * weight.shape[2] * weight.shape[3]
     return stride > 1 and channels > 3 and values * _dtype(x).itemsize <= LARGEST
-
-
-def _products_are_fast(x: Tensor) -> bool:
-    return _dtype(x) == torch.float32 or (_dtype(x) == torch.bfloat16 and torch.cpu._is_amx_tile_supported())
 
 
 class _Strided(torch.autograd.Function):

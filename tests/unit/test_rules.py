@@ -47,6 +47,8 @@ LAYERS: list[set[str]] = [
         "dcgan.settings",
         "dcgan.config",
         "dcgan.convolution",
+        "dcgan.winograd",
+        "dcgan.memory",
         "dcgan.models",
         "dcgan.numerics",
         "dcgan.pictures",
