@@ -79,14 +79,15 @@ def test_it_computes_the_gradient_that_is_wanted_alone(transposed):
         assert parts[1 - wanted].grad is None
 
 
-@pytest.mark.parametrize(("kernel", "bound"), [(3, 1e-5), (4, 1e-5), (5, 1e-4)])
+@pytest.mark.parametrize("kernel", [3, 4, 5])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_float32_loses_little(kernel, bound, transposed):
-    """Of the largest value: what rounding alone does to PyTorch's is 1e-6."""
+def test_float32_loses_little(kernel, transposed):
+    """Of the largest value at most 6e-6, where PyTorch's loses 1.4e-6."""
+    torch.manual_seed(0)
     x, weight, theirs, ours = case(kernel, 8, 128, 64, 8, 8, transposed, torch.float32)
     exact = with_gradients(theirs, x.double(), weight.double())
     for one, other in zip(with_gradients(ours, x, weight), exact, strict=True):
-        assert (one - other).abs().max() < bound * other.abs().max()
+        assert (one - other).abs().max() < 1e-5 * other.abs().max()
 
 
 @pytest.fixture
