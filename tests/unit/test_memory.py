@@ -10,8 +10,9 @@ PROGRAM = """
 import resource, torch
 from dcgan import memory
 {call}
-for _ in range(3):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for number in range(30):
+    if number == 20:  # by then what is kept has pieces that fit
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     parts = [torch.zeros(2**23) for _ in range(4)]
     del parts
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
@@ -26,7 +27,9 @@ def faults(call):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is another than glibc")
 def test_freed_memory_is_kept():
-    assert faults("memory.keep()") < 1000 < 30_000 < faults("")  # 128 MiB are 32,768 pages
+    given_back = faults("")
+    assert given_back > 300_000  # 10 times 128 MiB are 327,680 pages; glibc maps what is so large anew
+    assert faults("memory.keep()") < given_back / 10
 
 
 def test_another_c_library_is_left_alone(monkeypatch):
