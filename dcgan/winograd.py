@@ -1,4 +1,4 @@
-"""Convolutions of stride 2 by Winograd's minimal filtering: less than half the multiplications of the sum as written.
+"""Convolutions of stride 2 by Winograd's minimal filtering: fewer multiplications than the sum as written.
 
 A convolution of stride 2 is one of stride 1 over pixels taken two by two, in both directions, with a kernel of half the
 size: r = 2 for kernels of 3 and 4, 3 for those of 5. Tiles of m x m outputs are then F(m x m, r x r) of Lavin and Gray
@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-M = 4  # outputs of a tile along a side; float32 loses 4 more bits with 6
+M = 4  # outputs of a tile along a side; larger tiles lose more in float32, and divide fewer maps
 POINTS = {2: (0, 1, -1, 2), 3: (0, 1, -1, 2, -2)}  # of the polynomials, besides infinity
-PART = 2**25  # bytes of the tiles of a part
+PART = 2**25  # bytes of the tiles of a part; 2**22 and less were slower at 32 px
 
 
 class Form(NamedTuple):
@@ -142,32 +142,12 @@ class Convolution(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, layer: Layer) -> Tensor:
-        pixels, weights = _pixels(x), layer.weights(weight)
-        out = _empty(x, len(weight), layer.height, layer.width)
-        ctx.layer, kept = layer, []
-        for part in layer.parts(len(x), x.shape[1], x.itemsize):
-            tiles = layer.large_to_tiles(pixels[part])
-            layer.tiles_to_small(tiles @ weights.mT, _pixels(out)[part])
-            if ctx.needs_input_grad[1]:
-                kept.append(tiles)
-        ctx.save_for_backward(weights, *kept)
-        return out
+        return _forward(ctx, x, weight, layer, to_large=False)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        (weights, *kept), layer = ctx.saved_tensors, ctx.layer
-        channels = weights.shape[2] // 4
-        pixels, out, total = _pixels(gradient), None, None
-        if ctx.needs_input_grad[0]:
-            out = _empty(gradient, channels, 2 * layer.height, 2 * layer.width)
-        for i, part in enumerate(layer.parts(len(gradient), channels, gradient.itemsize)):
-            tiles = layer.small_to_tiles(pixels[part])
-            if ctx.needs_input_grad[1]:
-                total = _add_product(total, tiles.mT, kept[i])
-            if out is not None:
-                layer.tiles_to_large(tiles @ weights, _pixels(out)[part])
-        return out, None if total is None else layer.weight_gradient(total), None
+        return _backward(ctx, gradient)
 
 
 class Transposed(torch.autograd.Function):
@@ -175,32 +155,45 @@ class Transposed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, layer: Layer) -> Tensor:
-        pixels, weights, channels = _pixels(x), layer.weights(weight), weight.shape[1]
-        out = _empty(x, channels, 2 * layer.height, 2 * layer.width)
-        ctx.layer, kept = layer, []
-        for part in layer.parts(len(x), channels, x.itemsize):
-            tiles = layer.small_to_tiles(pixels[part])
-            layer.tiles_to_large(tiles @ weights, _pixels(out)[part])
-            if ctx.needs_input_grad[1]:
-                kept.append(tiles)
-        ctx.save_for_backward(weights, *kept)
-        return out
+        return _forward(ctx, x, weight, layer, to_large=True)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        (weights, *kept), layer = ctx.saved_tensors, ctx.layer
-        count, channels = weights.shape[1], weights.shape[2] // 4
-        pixels, out, total = _pixels(gradient), None, None
-        if ctx.needs_input_grad[0]:
-            out = _empty(gradient, count, layer.height, layer.width)
-        for i, part in enumerate(layer.parts(len(gradient), channels, gradient.itemsize)):
-            tiles = layer.large_to_tiles(pixels[part])
-            if ctx.needs_input_grad[1]:
-                total = _add_product(total, kept[i].mT, tiles)
-            if out is not None:
-                layer.tiles_to_small(tiles @ weights.mT, _pixels(out)[part])
-        return out, None if total is None else layer.weight_gradient(total), None
+        return _backward(ctx, gradient)
+
+
+def _forward(ctx: Any, x: Tensor, weight: Tensor, layer: Layer, to_large: bool) -> Tensor:
+    weights = layer.weights(weight)
+    out = _empty(x, weights, layer, to_large)
+    kept = [tiles for tiles in _parts(x, weights, layer, to_large, out) if ctx.needs_input_grad[1]]
+    ctx.layer, ctx.to_large = layer, to_large
+    ctx.save_for_backward(weights, *kept)
+    return out
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    """The gradient of x is the other of the two operations; that of the weights a product of both sides' tiles."""
+    (weights, *kept), layer, back = ctx.saved_tensors, ctx.layer, not ctx.to_large
+    out = _empty(gradient, weights, layer, back) if ctx.needs_input_grad[0] else None
+    total = None
+    for i, tiles in enumerate(_parts(gradient, weights, layer, back, out)):
+        if ctx.needs_input_grad[1]:
+            small, large = (tiles, kept[i]) if back else (kept[i], tiles)
+            total = small.mT @ large if total is None else total.baddbmm_(small.mT, large)
+    return out, None if total is None else layer.weight_gradient(total), None
+
+
+def _parts(x: Tensor, weights: Tensor, layer: Layer, to_large: bool, out: Tensor | None) -> Iterator[Tensor]:
+    """Write the convolution of x, or `to_large` its transpose, into `out` if there is one; the tiles of x by parts."""
+    pixels = _pixels(x)
+    for part in layer.parts(len(x), weights.shape[2] // 4, x.itemsize):
+        tiles = layer.small_to_tiles(pixels[part]) if to_large else layer.large_to_tiles(pixels[part])
+        if out is not None and to_large:
+            layer.tiles_to_large(tiles @ weights, _pixels(out)[part])
+        elif out is not None:
+            layer.tiles_to_small(tiles @ weights.mT, _pixels(out)[part])
+        yield tiles
 
 
 def _pixels(x: Tensor) -> Tensor:
@@ -208,9 +201,8 @@ def _pixels(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
 
 
-def _empty(like: Tensor, channels: int, height: int, width: int) -> Tensor:
-    return torch.empty((len(like), channels, height, width), dtype=like.dtype, memory_format=torch.channels_last)
-
-
-def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    return a @ b if total is None else total.baddbmm_(a, b)
+def _empty(x: Tensor, weights: Tensor, layer: Layer, large: bool) -> Tensor:
+    """For the larger or the smaller map of as many images as x."""
+    times, channels = (2, weights.shape[2] // 4) if large else (1, weights.shape[1])
+    size = len(x), channels, times * layer.height, times * layer.width
+    return torch.empty(size, dtype=x.dtype, memory_format=torch.channels_last)

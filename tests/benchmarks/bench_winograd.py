@@ -9,6 +9,7 @@ import argparse
 import math
 import statistics
 import time
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -27,14 +28,17 @@ LAYERS = [
 ]
 
 
-def seconds(apply: object, x: Tensor, weight: Tensor, gradient: Tensor) -> float:
+def seconds(apply: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor, gradient: Tensor) -> float:
     x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_(weight.requires_grad)
     began = time.perf_counter()
     apply(x, weight).backward(gradient)
     return time.perf_counter() - began
 
 
-def compare(kernel: int, images: int, larger: int, smaller: int, size: int, transposed: bool, repeats: int) -> None:
+def compare(
+    kernel: int, images: int, larger: int, smaller: int, size: int, transposed: bool, repeats: int
+) -> Iterator[tuple[float, float]]:
+    """The measured ratio and the expected one, with the weight gradient and without."""
     (padding, more), side = GEOMETRY[kernel], size // 2
     layer = Layer(kernel, padding, side, side)
     shape = (images, smaller, side, side) if transposed else (images, larger, size, size)
@@ -48,25 +52,19 @@ def compare(kernel: int, images: int, larger: int, smaller: int, size: int, tran
     gradient = torch.randn_like(theirs(x, weight))
     for wanted in (True, False):
         weight.requires_grad_(wanted)
-        times: dict[object, list[float]] = {ours: [], theirs: []}
+        times: dict[Callable[[Tensor, Tensor], Tensor], list[float]] = {ours: [], theirs: []}
         for _ in range(repeats + 2):
             for apply, found in times.items():
                 found.append(seconds(apply, x, weight, gradient))
         a, b = (1e3 * statistics.median(times[apply][2:]) for apply in (ours, theirs))
         expected = winograd_time(images, weight, layer)
-        errors.append(math.log(a / b / expected))
-        if expected < LIMIT:
-            chosen.append(a / b)
         print(
             f"{kernel} taps, {images:3d} images, {larger:3d} and {smaller:3d} channels, {size:2d} px, "
             f"{'transposed, ' if transposed else ''}{'all gradients' if wanted else 'of the input'}: "
             f"{b:.1f} ms, {a:.1f} ms by tiles: {a / b:.2f}, expected {expected:.2f}",
             flush=True,
         )
-
-
-errors: list[float] = []
-chosen: list[float] = []
+        yield a / b, expected
 
 
 def main() -> None:
@@ -74,14 +72,16 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     repeats = parser.parse_args().repeats
     memory.keep()
+    found: list[tuple[float, float]] = []
     for kernel in (3, 4, 5):
         for layer in LAYERS:
             for transposed in (False, True):
                 if kernel > 3 or layer[3] == 16:
-                    compare(kernel, *layer, transposed, repeats)
-    off = math.sqrt(statistics.fmean(error**2 for error in errors))
+                    found += compare(kernel, *layer, transposed, repeats)
+    off = math.sqrt(statistics.fmean(math.log(ratio / expected) ** 2 for ratio, expected in found))
+    chosen = [ratio for ratio, expected in found if expected < LIMIT]
     print(
-        f"{len(errors)} cases, off by {math.expm1(off):.0%} (root mean square); {len(chosen)} are chosen, median "
+        f"{len(found)} cases, off by {math.expm1(off):.0%} (root mean square); {len(chosen)} are chosen, median "
         f"{statistics.median(chosen):.2f}, {min(chosen):.2f} to {max(chosen):.2f}"
     )
 
