@@ -1,8 +1,9 @@
 """Strided convolutions, computed in another way than the library's where that is faster in training on a CPU.
 
-In float32, layers of many channels by Winograd's filtering (`dcgan/winograd.py`). In bfloat16 with AMX, the weight
-gradient of small maps as one product of matrices, of the gradient and the patches that it comes from, for which oneDNN
-takes two to five times as long. Everything else stays the library's, and so do the numbers, but for rounding.
+In float32, layers of many channels by Winograd's filtering (`dcgan/winograd.py`) and those at the pixels, of few, as
+one product over patches (`dcgan/patches.py`). In bfloat16 with AMX, the weight gradient of small maps as such a
+product, for which oneDNN takes two to five times as long. Everything else stays the library's, and so do the numbers,
+but for rounding.
 """
 
 from typing import Any
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dcgan import winograd
+from dcgan import patches, winograd
 from dcgan.winograd import Layer
 
 # Bytes of the patches: those of 128 images, 4x4 and stride 2, of 64 channels at 16 px. Twice as many were slower.
@@ -22,18 +23,23 @@ LARGEST = 2**24
 # tiles, of the smaller map's, of the transformed weights. Fitted with AVX2 on 2 cores to layers of 3 to 5 taps, 32 to
 # 512 channels, 8 to 32 px and 16 to 128 images, whose time is met within 13 % (tests/benchmarks/bench_winograd.py).
 # Tiles that are made for three products, with the weight gradient's, cost less each than those for two.
-TILES = {True: (45, 35, 30), False: (90, 55, 40)}
-LIMIT = 0.9  # of the time that the sum as written takes
+TILES = {True: (55, 15, 30), False: (90, 30, 35)}
+LIMIT = 0.85  # of the time that the sum as written takes
+
+# Numbers in a patch of the pixels: those of 4x4 and three channels. With 108, of 5x5, the library was faster.
+NARROW = 48
 
 
 class Conv2d(nn.Conv2d):
-    """`nn.Conv2d` without bias, groups and dilation, computed as `_by_winograd` and `_by_patches` say."""
+    """`nn.Conv2d` without bias, groups and dilation, computed as the rules below say."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.stride[0] == 2 and not (x.shape[2] % 2 or x.shape[3] % 2):
             layer = _layer(self, x.shape[2] // 2, x.shape[3] // 2)
             if _by_winograd(x, self.weight, layer):
                 return winograd.Convolution.apply(x, self.weight, layer)
+            if _is_narrow(x, self.weight, layer):
+                return patches.Convolution.apply(x, self.weight, layer)
         if not _by_patches(x, self.weight, self.stride[0], x.shape):
             return super().forward(x)
         dtype = _dtype(x)
@@ -48,6 +54,8 @@ class ConvTranspose2d(nn.ConvTranspose2d):
             layer = _layer(self, x.shape[2], x.shape[3])
             if _by_winograd(x, self.weight, layer):
                 return winograd.Transposed.apply(x, self.weight, layer)
+            if _is_narrow(x, self.weight, layer):
+                return patches.Transposed.apply(x, self.weight, layer)
         size = torch.Size([x.shape[0], self.out_channels, *(self.stride[0] * side for side in x.shape[2:])])
         if not _by_patches(x, self.weight, self.stride[0], size):
             return super().forward(x)
@@ -65,11 +73,16 @@ def _dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
 
 
+def _channels_last(weight: Tensor) -> bool:
+    """Whether it lies so; with one channel only its strides tell which format was asked for."""
+    return weight.is_contiguous(memory_format=torch.channels_last) and weight.stride(1) == 1
+
+
 def _by_winograd(x: Tensor, weight: Tensor, layer: Layer) -> bool:
     """Whether a gradient is wanted and faster by Winograd's filtering. One convolution alone hardly is."""
     if not (x.device.type == "cpu" and torch.is_grad_enabled() and _dtype(x) == torch.float32):
         return False
-    if not (weight.requires_grad or x.requires_grad) or not weight.is_contiguous(memory_format=torch.channels_last):
+    if not (weight.requires_grad or x.requires_grad) or not _channels_last(weight):
         return False
     return winograd_time(len(x), weight, layer) < LIMIT
 
@@ -81,6 +94,13 @@ def winograd_time(images: int, weight: Tensor, layer: Layer) -> float:
     tiles = layer.tiles[0] * layer.tiles[1]
     products = 4 * layer.n**2 * tiles * (1 + large / count + small / channels + weights / (images * tiles))
     return products / (layer.height * layer.width * layer.kernel**2)
+
+
+def _is_narrow(x: Tensor, weight: Tensor, layer: Layer) -> bool:
+    """Whether the larger map has so few channels that one product over patches is faster."""
+    if not (x.device.type == "cpu" and _dtype(x) == torch.float32 and _channels_last(weight)):
+        return False
+    return patches.columns(weight, layer) <= NARROW
 
 
 def _by_patches(x: Tensor, weight: Tensor, stride: int, large: torch.Size) -> bool:

@@ -80,7 +80,7 @@ class Layer(NamedTuple):
         return pixels[:, : self.kernel, : self.kernel].permute(0, 3, 1, 2)
 
     def large_to_tiles(self, large: Tensor) -> Tensor:
-        """(N, 2h, 2w, D) to (n^2, N tiles, 4 D): B' x."""
+        """(N, 2h, 2w, D) to (N tiles, n^2, 4 D): B' x."""
         (rows, columns), n, (count, height, width, channels) = self.tiles, self.n, large.shape
         before, below, right = self.padding, self.padding + height, self.padding + width
         padded = large.new_empty(count, 2 * (M * rows + n - M), 2 * (M * columns + n - M), channels)
@@ -88,17 +88,16 @@ class Layer(NamedTuple):
         for edge in (padded[:, :before], padded[:, below:], padded[:, :, :before], padded[:, :, right:]):
             edge.zero_()
         a, b, c, d = padded.stride()
-        size = (n, n, count, rows, columns, 2, 2 * channels)
-        tiles = padded.as_strided(size, (2 * b, 2 * c, a, 2 * M * b, 2 * M * c, b, d)).reshape(n * n, -1)
-        found = form(self.r, large.dtype).inputs @ tiles
-        return found.view(n * n, count * rows * columns, 4 * channels)
+        size = (count, rows, columns, n, n, 2, 2 * channels)
+        tiles = padded.as_strided(size, (a, 2 * M * b, 2 * M * c, 2 * b, 2 * c, b, d))
+        return _transform(form(self.r, large.dtype).inputs, tiles.reshape(-1, n * n, 4 * channels))
 
     def tiles_to_large(self, tiles: Tensor, out: Tensor) -> None:
         """Its transpose, into (N, 2h, 2w, D): tiles are added up where they overlap."""
         (rows, columns), n, over = self.tiles, self.n, self.r - 1
         count, height, width, channels = out.shape
-        found = form(self.r, out.dtype).inputs.T @ tiles.view(n * n, -1)
-        found = found.view(n, n, count, rows, columns, 2, 2 * channels).permute(2, 3, 5, 4, 6, 0, 1)
+        found = _transform(form(self.r, out.dtype).inputs.T, tiles)
+        found = found.view(count, rows, columns, n, n, 2, 2 * channels).permute(0, 1, 5, 2, 6, 3, 4)
         total = out.new_empty(count, M * rows + over, 2, M * columns + over, 2 * channels)
         total[:, M * rows :].zero_()
         total[:, : M * rows, :, M * columns :].zero_()
@@ -111,18 +110,17 @@ class Layer(NamedTuple):
         out.copy_(pixels[:, self.padding : self.padding + height, self.padding : self.padding + width])
 
     def small_to_tiles(self, small: Tensor) -> Tensor:
-        """(N, h, w, C) to (n^2, N tiles, C): the transpose of A'."""
+        """(N, h, w, C) to (N tiles, n^2, C): the transpose of A'."""
         (rows, columns), (count, height, width, channels) = self.tiles, small.shape
         padded = F.pad(small, (0, 0, 0, M * columns - width, 0, M * rows - height))
-        tiles = padded.view(count, rows, M, columns, M, channels).permute(2, 4, 0, 1, 3, 5).reshape(M * M, -1)
-        found = form(self.r, small.dtype).outputs.T @ tiles
-        return found.view(-1, count * rows * columns, channels)
+        tiles = padded.view(count, rows, M, columns, M, channels).transpose(2, 3).reshape(-1, M * M, channels)
+        return _transform(form(self.r, small.dtype).outputs.T, tiles)
 
     def tiles_to_small(self, tiles: Tensor, out: Tensor) -> None:
         """A', into (N, h, w, C)."""
         (rows, columns), (count, height, width, channels) = self.tiles, out.shape
-        found = form(self.r, out.dtype).outputs @ tiles.view(len(tiles), -1)
-        found = found.view(M, M, count, rows, columns, channels).permute(2, 3, 0, 4, 1, 5)
+        found = _transform(form(self.r, out.dtype).outputs, tiles)
+        found = found.view(count, rows, columns, M, M, channels).transpose(2, 3)
         if (M * rows, M * columns) == (height, width):
             out.view(found.shape).copy_(found)
         else:
@@ -180,7 +178,8 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None,
     for i, tiles in enumerate(_parts(gradient, weights, layer, back, out)):
         if ctx.needs_input_grad[1]:
             small, large = (tiles, kept[i]) if back else (kept[i], tiles)
-            total = small.mT @ large if total is None else total.baddbmm_(small.mT, large)
+            small, large = small.permute(1, 2, 0), large.transpose(0, 1)
+            total = small @ large if total is None else total.baddbmm_(small, large)
     return out, None if total is None else layer.weight_gradient(total), None
 
 
@@ -190,9 +189,9 @@ def _parts(x: Tensor, weights: Tensor, layer: Layer, to_large: bool, out: Tensor
     for part in layer.parts(len(x), weights.shape[2] // 4, x.itemsize):
         tiles = layer.small_to_tiles(pixels[part]) if to_large else layer.large_to_tiles(pixels[part])
         if out is not None and to_large:
-            layer.tiles_to_large(tiles @ weights, _pixels(out)[part])
+            layer.tiles_to_large(_channels(tiles, weights), _pixels(out)[part])
         elif out is not None:
-            layer.tiles_to_small(tiles @ weights.mT, _pixels(out)[part])
+            layer.tiles_to_small(_channels(tiles, weights.mT), _pixels(out)[part])
         yield tiles
 
 
@@ -206,3 +205,13 @@ def _empty(x: Tensor, weights: Tensor, layer: Layer, large: bool) -> Tensor:
     times, channels = (2, weights.shape[2] // 4) if large else (1, weights.shape[1])
     size = len(x), channels, times * layer.height, times * layer.width
     return torch.empty(size, dtype=x.dtype, memory_format=torch.channels_last)
+
+
+def _transform(matrix: Tensor, tiles: Tensor) -> Tensor:
+    """A matrix (a, b) times each of the tiles (T, b, K): those of one tile lie side by side, and in the cache."""
+    return torch.bmm(matrix.expand(len(tiles), -1, -1), tiles)
+
+
+def _channels(tiles: Tensor, weights: Tensor) -> Tensor:
+    """Sums over channels: (T, n^2, K) and (n^2, K, L) to (T, n^2, L)."""
+    return (tiles.transpose(0, 1) @ weights).transpose(0, 1)

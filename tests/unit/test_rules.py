@@ -47,6 +47,7 @@ LAYERS: list[set[str]] = [
         "dcgan.settings",
         "dcgan.config",
         "dcgan.convolution",
+        "dcgan.patches",
         "dcgan.winograd",
         "dcgan.memory",
         "dcgan.models",
