@@ -4,18 +4,19 @@ import ctypes
 import platform
 
 # malloc.h of glibc
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 
 
 def keep() -> None:
     """Let the C library keep what is freed, up to a gibibyte of it; nothing where it is another than glibc.
 
     A step on the CPU asks for the same hundreds of megabytes again and again. By default they go back to the system in
-    between, and each 4 kB come back zeroed by a page fault: a tenth of a step (docs/performance.md).
+    between, and each 4 kB come back zeroed by a page fault: a tenth of a step (docs/performance.md). Threads other than
+    the main one, as Ray trains in, have heaps of 64 MiB, which go back whole once empty if they exceed the pad.
     """
     if platform.libc_ver()[0] != "glibc":
         return
     libc = ctypes.CDLL(None)
-    for parameter in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
+    for parameter in (M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD):
         if not libc.mallopt(parameter, 2**30):
             raise OSError(f"mallopt refused {2**30} for parameter {parameter}")
