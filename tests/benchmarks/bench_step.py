@@ -7,6 +7,9 @@ request each of our choices undone alone. Needs torch, numpy and pydantic.
 
 import argparse
 import json
+import multiprocessing
+import os
+import signal
 import statistics
 import sys
 import tempfile
@@ -128,7 +131,10 @@ def compare(size: int, count: int, device: torch.device, pairs: int, block: floa
 
 
 def compare_inputs(size: int, count: int, device: torch.device, pairs: int, block: float, images: int = 20_000) -> dict:
-    """Both with their own input: ImageFolder and a DataLoader of two processes on PNG files, our batches on a store."""
+    """Both with their own input: ImageFolder and a DataLoader of two processes on PNG files, our batches on a store.
+
+    The DataLoader's processes are stopped while it is our turn, so that they load for the eager loop in its own time.
+    """
     from dcgan.data.batches import Batches
     from dcgan.data.store import Description
 
@@ -162,6 +168,8 @@ def compare_inputs(size: int, count: int, device: torch.device, pairs: int, bloc
         times: dict[str, list[float]] = {name: [] for name in steps}
         for pair in range(pairs + 1):
             for name in steps:
+                for process in multiprocessing.active_children():
+                    os.kill(int(process.pid or 0), signal.SIGCONT if name == "eager" else signal.SIGSTOP)
                 number, began = 0, time.perf_counter()
                 while time.perf_counter() - began < block or number < 2:
                     one(name)
@@ -170,6 +178,8 @@ def compare_inputs(size: int, count: int, device: torch.device, pairs: int, bloc
                 if pair:
                     times[name].append((time.perf_counter() - began) / number)
         stream.close()
+        for process in multiprocessing.active_children():
+            os.kill(int(process.pid or 0), signal.SIGCONT)
     ratios = sorted(e / t for e, t in zip(times["eager"], times["ours"], strict=True))
     eager_ms, ours_ms = (1e3 * statistics.median(times[name]) for name in times)
     middle = statistics.median(ratios)
