@@ -24,7 +24,7 @@ LARGEST = 2**24
 # 512 channels, 8 to 32 px and 16 to 128 images, whose time is met within 11 % (tests/benchmarks/bench_convolution.py).
 # Tiles that are made for three products, with the weight gradient's, cost less each than those for two.
 TILES = {True: (55, 15, 30), False: (90, 30, 35)}
-LIMIT = 0.85  # of the time that the sum as written takes
+LIMIT = 0.9  # of the time that the sum as written takes
 
 # Numbers in a patch of the pixels: those of 4x4 and three channels. With 108, of 5x5, the library was faster.
 NARROW = 48

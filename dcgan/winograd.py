@@ -64,19 +64,16 @@ class Layer(NamedTuple):
         return -(-self.height // M), -(-self.width // M)
 
     def weights(self, weight: Tensor) -> Tensor:
-        """(C, D, kernel, kernel) to (n^2, C, 4 D)."""
-        more = 2 * self.r - self.kernel
-        count, channels, r = *weight.shape[:2], self.r
+        """(C, D, kernel, kernel) to (C, n^2, 4 D): G w."""
+        more, r, (count, channels) = 2 * self.r - self.kernel, self.r, weight.shape[:2]
         pairs = F.pad(weight.permute(0, 2, 3, 1), (0, 0, 0, more, 0, more)).view(count, r, 2, r, 2, channels)
-        rows = pairs.permute(1, 3, 0, 2, 4, 5).reshape(r * r, -1)
-        return (form(r, weight.dtype).weights @ rows).view(-1, count, 4 * channels)
+        return _transform(form(r, weight.dtype).weights, pairs.transpose(2, 3).reshape(count, r * r, 4 * channels))
 
     def weight_gradient(self, gradient: Tensor) -> Tensor:
-        """(n^2, C, 4 D) to (C, D, kernel, kernel)."""
-        r, (_, count, channels) = self.r, gradient.shape
-        rows = form(r, gradient.dtype).weights.T @ gradient.view(len(gradient), -1)
-        pairs = rows.view(r, r, count, 2, 2, channels // 4).permute(2, 0, 3, 1, 4, 5)
-        pixels = pairs.reshape(count, 2 * r, 2 * r, channels // 4)
+        """(C, n^2, 4 D) to (C, D, kernel, kernel): its transpose."""
+        r, (count, _, channels) = self.r, gradient.shape
+        pairs = _transform(form(r, gradient.dtype).weights.T, gradient).view(count, r, r, 2, 2, channels // 4)
+        pixels = pairs.transpose(2, 3).reshape(count, 2 * r, 2 * r, channels // 4)
         return pixels[:, : self.kernel, : self.kernel].permute(0, 3, 1, 2)
 
     def large_to_tiles(self, large: Tensor) -> Tensor:
@@ -180,7 +177,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None,
             small, large = (tiles, kept[i]) if back else (kept[i], tiles)
             small, large = small.permute(1, 2, 0), large.transpose(0, 1)
             total = small @ large if total is None else total.baddbmm_(small, large)
-    return out, None if total is None else layer.weight_gradient(total), None
+    return out, None if total is None else layer.weight_gradient(total.transpose(0, 1)), None
 
 
 def _parts(x: Tensor, weights: Tensor, layer: Layer, to_large: bool, out: Tensor | None) -> Iterator[Tensor]:
@@ -189,9 +186,9 @@ def _parts(x: Tensor, weights: Tensor, layer: Layer, to_large: bool, out: Tensor
     for part in layer.parts(len(x), weights.shape[2] // 4, x.itemsize):
         tiles = layer.small_to_tiles(pixels[part]) if to_large else layer.large_to_tiles(pixels[part])
         if out is not None and to_large:
-            layer.tiles_to_large(_channels(tiles, weights), _pixels(out)[part])
+            layer.tiles_to_large(_channels(tiles, weights.transpose(0, 1)), _pixels(out)[part])
         elif out is not None:
-            layer.tiles_to_small(_channels(tiles, weights.mT), _pixels(out)[part])
+            layer.tiles_to_small(_channels(tiles, weights.permute(1, 2, 0)), _pixels(out)[part])
         yield tiles
 
 
@@ -202,7 +199,7 @@ def _pixels(x: Tensor) -> Tensor:
 
 def _empty(x: Tensor, weights: Tensor, layer: Layer, large: bool) -> Tensor:
     """For the larger or the smaller map of as many images as x."""
-    times, channels = (2, weights.shape[2] // 4) if large else (1, weights.shape[1])
+    times, channels = (2, weights.shape[2] // 4) if large else (1, len(weights))
     size = len(x), channels, times * layer.height, times * layer.width
     return torch.empty(size, dtype=x.dtype, memory_format=torch.channels_last)
 

@@ -128,11 +128,11 @@ def test_wide_layers_use_it_and_those_at_the_pixels_not(size):
     assert not any(chosen(module, x) for module, x in layers(size, width=16) if module.weight.shape[0] <= 64)
 
 
-def test_only_a_wide_layer_uses_it_for_the_gradient_of_its_input_alone():
+def test_a_layer_between_wide_maps_uses_it_for_the_gradient_of_its_input_alone_too():
     modules = [(module, x.requires_grad_()) for module, x in layers(32) if isinstance(module, nn.Conv2d)]
     for module, _ in modules:
         module.weight.requires_grad_(False)
-    assert [chosen(module, x) for module, x in modules] == [False, False, True]
+    assert [chosen(module, x) for module, x in modules] == [False, True, True]
 
 
 def test_it_is_not_used_without_a_gradient_nor_in_other_numbers_nor_in_another_format(monkeypatch):
