@@ -21,7 +21,7 @@ LARGEST = 2**24
 
 # How long Winograd's tiles take to be made, in multiplications of a product of matrices: a number of the larger map's
 # tiles, of the smaller map's, of the transformed weights. Fitted with AVX2 on 2 cores to layers of 3 to 5 taps, 32 to
-# 512 channels, 8 to 32 px and 16 to 128 images, whose time is met within 11 % (tests/benchmarks/bench_convolution.py).
+# 512 channels, 8 to 32 px and 16 to 128 images, whose time is met within 15 % (tests/benchmarks/bench_convolution.py).
 # Tiles that are made for three products, with the weight gradient's, cost less each than those for two.
 TILES = {True: (55, 15, 30), False: (90, 30, 35)}
 LIMIT = 0.9  # of the time that the sum as written takes
