@@ -32,7 +32,7 @@ class Convolution(torch.autograd.Function):
         (matrix, *patches), rows = ctx.saved_tensors, _rows(gradient)
         return (
             _spread(rows @ matrix, ctx.layer) if ctx.needs_input_grad[0] else None,
-            _kernels(rows.T @ patches[0], ctx.layer) if ctx.needs_input_grad[1] else None,
+            ctx.layer.kernels(rows.T @ patches[0]) if ctx.needs_input_grad[1] else None,
             None,
         )
 
@@ -53,7 +53,7 @@ class Transposed(torch.autograd.Function):
         (matrix, rows), patches = ctx.saved_tensors, _cut(gradient, ctx.layer)
         return (
             _maps(patches, matrix, ctx.layer) if ctx.needs_input_grad[0] else None,
-            _kernels(rows.T @ patches, ctx.layer) if ctx.needs_input_grad[1] else None,
+            ctx.layer.kernels(rows.T @ patches) if ctx.needs_input_grad[1] else None,
             None,
         )
 
@@ -64,15 +64,8 @@ def columns(weight: Tensor, layer: Layer) -> int:
 
 
 def _matrix(weight: Tensor, layer: Layer) -> Tensor:
-    """(C, D, kernel, kernel) to (C, columns), an odd kernel with zeros at its end."""
-    more = 2 * layer.r - layer.kernel
-    return F.pad(weight.permute(0, 2, 3, 1), (0, 0, 0, more, 0, more)).reshape(len(weight), -1)
-
-
-def _kernels(matrix: Tensor, layer: Layer) -> Tensor:
-    """(C, columns) to (C, D, kernel, kernel)."""
-    pixels = matrix.view(len(matrix), 2 * layer.r, 2 * layer.r, -1)
-    return pixels[:, : layer.kernel, : layer.kernel].permute(0, 3, 1, 2)
+    """(C, D, kernel, kernel) to (C, columns)."""
+    return layer.pairs(weight).reshape(len(weight), -1)
 
 
 def _rows(small: Tensor) -> Tensor:

@@ -63,18 +63,25 @@ class Layer(NamedTuple):
     def tiles(self) -> tuple[int, int]:
         return -(-self.height // M), -(-self.width // M)
 
+    def pairs(self, weight: Tensor) -> Tensor:
+        """(C, D, kernel, kernel) to (C, r, 2, r, 2, D), an odd kernel with zeros at its end."""
+        more, r, (count, channels) = 2 * self.r - self.kernel, self.r, weight.shape[:2]
+        return F.pad(weight.permute(0, 2, 3, 1), (0, 0, 0, more, 0, more)).view(count, r, 2, r, 2, channels)
+
+    def kernels(self, pairs: Tensor) -> Tensor:
+        """Its transpose."""
+        pixels = pairs.reshape(len(pairs), 2 * self.r, 2 * self.r, -1)
+        return pixels[:, : self.kernel, : self.kernel].permute(0, 3, 1, 2)
+
     def weights(self, weight: Tensor) -> Tensor:
         """(C, D, kernel, kernel) to (C, n^2, 4 D): G w."""
-        more, r, (count, channels) = 2 * self.r - self.kernel, self.r, weight.shape[:2]
-        pairs = F.pad(weight.permute(0, 2, 3, 1), (0, 0, 0, more, 0, more)).view(count, r, 2, r, 2, channels)
-        return _transform(form(r, weight.dtype).weights, pairs.transpose(2, 3).reshape(count, r * r, 4 * channels))
+        pairs = self.pairs(weight).transpose(2, 3)
+        return _transform(form(self.r, weight.dtype).weights, pairs.reshape(len(pairs), self.r**2, -1))
 
     def weight_gradient(self, gradient: Tensor) -> Tensor:
         """(C, n^2, 4 D) to (C, D, kernel, kernel): its transpose."""
-        r, (count, _, channels) = self.r, gradient.shape
-        pairs = _transform(form(r, gradient.dtype).weights.T, gradient).view(count, r, r, 2, 2, channels // 4)
-        pixels = pairs.transpose(2, 3).reshape(count, 2 * r, 2 * r, channels // 4)
-        return pixels[:, : self.kernel, : self.kernel].permute(0, 3, 1, 2)
+        rows = _transform(form(self.r, gradient.dtype).weights.T, gradient)
+        return self.kernels(rows.view(len(rows), self.r, self.r, 2, 2, -1).transpose(2, 3))
 
     def large_to_tiles(self, large: Tensor) -> Tensor:
         """(N, 2h, 2w, D) to (N tiles, n^2, 4 D): B' x."""

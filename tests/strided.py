@@ -1,0 +1,42 @@
+"""Convolutions of stride 2 in one of our ways (`dcgan.winograd`, `dcgan.patches`) beside PyTorch's."""
+
+import torch
+import torch.nn.functional as F
+
+from dcgan.models import GEOMETRY
+from dcgan.winograd import Layer
+
+
+def with_gradients(apply, x, weight):
+    """y, and the gradients of x and the weight for a random one of y that is always the same."""
+    x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    y = apply(x, weight)
+    torch.manual_seed(1)
+    return y, *torch.autograd.grad(y, (x, weight), torch.randn(y.shape).to(y.dtype))
+
+
+def case(way, kernel, count, channels, larger, height, width, transposed, dtype=torch.float64):
+    """x, weight, PyTorch's operation and ours."""
+    padding, more = GEOMETRY[kernel]
+    layer = Layer(kernel, padding, height, width)
+    weight = torch.randn(channels, larger, kernel, kernel, dtype=dtype)
+    if transposed:
+        x = torch.randn(count, channels, height, width, dtype=dtype)
+        return x, weight, lambda x, w: F.conv_transpose2d(x, w, None, 2, padding, more), _apply(way.Transposed, layer)
+    x = torch.randn(count, larger, 2 * height, 2 * width, dtype=dtype)
+    return x, weight, lambda x, w: F.conv2d(x, w, None, 2, padding), _apply(way.Convolution, layer)
+
+
+def _apply(function, layer):
+    return lambda x, w: function.apply(x, w, layer)
+
+
+def recorded(monkeypatch, way):
+    """A list that gets the names of a way's functions as they are used."""
+    calls = []
+    for function in (way.Convolution, way.Transposed):
+        apply = function.apply
+        monkeypatch.setattr(
+            function, "apply", lambda *args, a=apply, name=function.__name__: calls.append(name) or a(*args)
+        )
+    return calls
