@@ -1,9 +1,10 @@
-"""Strided convolutions, computed in another way than the library's where that is faster in training on a CPU.
+"""The nets' convolutions, computed in another way than the library's where that is faster in training on a CPU.
 
 In float32, layers of many channels by Winograd's filtering (`dcgan/winograd.py`) and those at the pixels, of few, as
 one product over patches (`dcgan/patches.py`). In bfloat16 with AMX, the weight gradient of small maps as such a
-product, for which oneDNN takes two to five times as long. Everything else stays the library's, and so do the numbers,
-but for rounding.
+product, for which oneDNN takes two to five times as long. Labels, which a conditional net gives each layer as constant
+maps, are no maps here: what a label adds to the output is the same for all images. Everything else stays the library's,
+and so do the numbers, but for rounding.
 """
 
 from typing import Any
@@ -30,37 +31,84 @@ LIMIT = 0.9  # of the time that the sum as written takes
 NARROW = 48
 
 
-class Conv2d(nn.Conv2d):
-    """`nn.Conv2d` without bias, groups and dilation, computed as the rules below say."""
+class _Labelled(nn.Module):
+    """A convolution without bias, groups or dilation, whose input may end in a one-hot label as constant maps."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    weight: Tensor
+    inputs: int  # the dimension of `weight` that counts the channels of the input
+
+    def forward(self, x: Tensor, onehot: Tensor | None = None) -> Tensor:
+        """Of x (N, C, H, W), followed by K maps that are `onehot` (N, K) everywhere if there is one."""
+        whole = self.weight  # read once: spectral normalisation computes it
+        if onehot is None:
+            return self._convolve(x, whole)
+        weight, labels = whole.split([x.shape[1], onehot.shape[1]], self.inputs)
+        if _channels_last(whole):
+            weight = weight.contiguous(memory_format=torch.channels_last)
+        return self._convolve(x, weight) + self._constant(x.shape[2:], labels.movedim(self.inputs, 0), onehot)
+
+    def _constant(self, size: torch.Size, weight: Tensor, onehot: Tensor) -> Tensor:
+        """What the label's maps of that size add by their weight (K, C, kernel, kernel): (N, C, H, W), channels last.
+
+        From place to place of the output a constant map differs by the taps of the kernel that reach it there alone.
+        """
+        labels, channels, kernel, _ = weight.shape
+        taps = torch.eye(kernel**2, dtype=weight.dtype, device=weight.device).view(-1, 1, kernel, kernel)
+        reach = self._library(taps.new_ones(1, 1, *size), taps.movedim(1, self.inputs))[0]  # 1, or 0 over the border
+        maps = reach.flatten(1).T @ weight.permute(0, 2, 3, 1).reshape(labels, -1, channels)
+        added = onehot.to(maps.dtype) @ maps.view(labels, -1)
+        return added.view(len(onehot), *reach.shape[1:], channels).permute(0, 3, 1, 2)
+
+    def _convolve(self, x: Tensor, weight: Tensor) -> Tensor:
+        """As the rules below say."""
+        raise NotImplementedError
+
+    def _library(self, x: Tensor, weight: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class Conv2d(_Labelled, nn.Conv2d):
+    """`nn.Conv2d` without bias, groups and dilation."""
+
+    inputs = 1
+
+    def _convolve(self, x: Tensor, weight: Tensor) -> Tensor:
         if self.stride[0] == 2 and not (x.shape[2] % 2 or x.shape[3] % 2):
             layer = _layer(self, x.shape[2] // 2, x.shape[3] // 2)
-            if _by_winograd(x, self.weight, layer):
-                return winograd.Convolution.apply(x, self.weight, layer)
-            if _is_narrow(x, self.weight, layer):
-                return patches.Convolution.apply(x, self.weight, layer)
-        if not _by_patches(x, self.weight, self.stride[0], x.shape):
-            return super().forward(x)
+            if _by_winograd(x, weight, layer):
+                return winograd.Convolution.apply(x, weight, layer)
+            if _is_narrow(x, weight, layer):
+                return patches.Convolution.apply(x, weight, layer)
+        if not _by_patches(x, weight, self.stride[0], x.shape):
+            return self._library(x, weight)
         dtype = _dtype(x)
-        return _Strided.apply(x.to(dtype), self.weight.to(dtype), self.stride, self.padding, None)
+        return _Strided.apply(x.to(dtype), weight.to(dtype), self.stride, self.padding, None)
+
+    def _library(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.conv2d(x, weight, None, self.stride, self.padding)
 
 
-class ConvTranspose2d(nn.ConvTranspose2d):
+class ConvTranspose2d(_Labelled, nn.ConvTranspose2d):  # type: ignore[misc]
     """The same for `nn.ConvTranspose2d`."""
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    inputs = 0
+
+    def _convolve(self, x: Tensor, weight: Tensor) -> Tensor:
         if self.stride[0] == 2:
             layer = _layer(self, x.shape[2], x.shape[3])
-            if _by_winograd(x, self.weight, layer):
-                return winograd.Transposed.apply(x, self.weight, layer)
-            if _is_narrow(x, self.weight, layer):
-                return patches.Transposed.apply(x, self.weight, layer)
+            if _by_winograd(x, weight, layer):
+                return winograd.Transposed.apply(x, weight, layer)
+            if _is_narrow(x, weight, layer):
+                return patches.Transposed.apply(x, weight, layer)
         size = torch.Size([x.shape[0], self.out_channels, *(self.stride[0] * side for side in x.shape[2:])])
-        if not _by_patches(x, self.weight, self.stride[0], size):
-            return super().forward(x)
+        if not _by_patches(x, weight, self.stride[0], size):
+            return self._library(x, weight)
         dtype = _dtype(x)
-        return _Strided.apply(x.to(dtype), self.weight.to(dtype), self.stride, self.padding, self.output_padding)
+        return _Strided.apply(x.to(dtype), weight.to(dtype), self.stride, self.padding, self.output_padding)
+
+    def _library(self, x: Tensor, weight: Tensor) -> Tensor:
+        assert isinstance(self.padding, tuple)
+        return F.conv_transpose2d(x, weight, None, self.stride, self.padding, self.output_padding)
 
 
 def _layer(module: nn.Conv2d | nn.ConvTranspose2d, height: int, width: int) -> Layer:

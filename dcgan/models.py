@@ -34,12 +34,8 @@ def initialise(module: nn.Module, generator: torch.Generator) -> None:
 
 
 def join(x: Tensor, onehot: Tensor | None) -> Tensor:
-    """Append the one-hot label (N, K) to features (N, F), or as K constant maps to (N, C, H, W)."""
-    if onehot is None:
-        return x
-    if x.ndim == 4:
-        onehot = onehot[:, :, None, None].expand(-1, -1, *x.shape[2:])
-    return torch.cat([x, onehot.to(x.dtype)], 1)
+    """Append the one-hot label (N, K) to features (N, F)."""
+    return x if onehot is None else torch.cat([x, onehot.to(x.dtype)], 1)
 
 
 class _Network(nn.Module):
@@ -134,8 +130,8 @@ class Generator(_Network):
             x = self.project_norm(x)
         x = F.relu(x, inplace=True)
         for conv, norm in zip(self.convs, self.norms, strict=False):
-            x = F.relu(norm(conv(join(x, onehot))), inplace=True)
-        return torch.tanh(self.convs[-1](join(x, onehot)))
+            x = F.relu(norm(conv(x, onehot)), inplace=True)
+        return torch.tanh(self.convs[-1](x, onehot))
 
 
 class Discriminator(_Network):
@@ -179,7 +175,7 @@ class Discriminator(_Network):
         """The output of every convolution layer after BatchNorm and LeakyReLU: (N, channels[i], h, w) each."""
         layers = []
         for index, conv in enumerate(self.convs):
-            x = conv(join(x, onehot))
+            x = conv(x, onehot)
             if index:
                 x = self.norms[index - 1](x)
             x = F.leaky_relu(x, SLOPE, inplace=True)
