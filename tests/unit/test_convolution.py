@@ -1,10 +1,14 @@
 """The weight gradient by patches against PyTorch's own, in float64, and the rule that chooses it."""
 
+from functools import partial
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from dcgan import convolution
+from dcgan import convolution, models
+from dcgan.config import Model
 from dcgan.convolution import Conv2d, ConvTranspose2d, _Strided
 
 
@@ -38,6 +42,55 @@ def test_a_transposed_convolution_has_pytorchs_gradients(kernel, padding, more):
     got = gradients(lambda x, w: _Strided.apply(x, w, (2, 2), (padding, padding), (more, more)), x, weight, 0)
     for ours, theirs in zip(got, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(("kernel", "padding", "more"), [(3, 1, 1), (4, 1, 0), (5, 2, 1)])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kind", [Conv2d, ConvTranspose2d])
+def test_a_label_is_a_constant_map_of_each_class(kind, stride, kernel, padding, more, channels_last):
+    """Output and gradients are those of PyTorch's layer over the channels with the label's maps after them."""
+    geometry = {"stride": stride, "padding": padding, "bias": False}
+    if kind is ConvTranspose2d:
+        geometry["output_padding"] = more if stride == 2 else 0
+    format = torch.channels_last if channels_last else torch.contiguous_format
+    layer = kind(3 + 4, 6, kernel, **geometry).double().to(memory_format=format)
+    plain = (nn.Conv2d if kind is Conv2d else nn.ConvTranspose2d)(3 + 4, 6, kernel, **geometry).double()
+    x = torch.randn(5, 3, 8, 6).double().contiguous(memory_format=format)
+    onehot = F.one_hot(torch.tensor([3, 0, 0, 2, 3]), 4).float()
+    maps = onehot.double()[:, :, None, None].expand(-1, -1, 8, 6)
+
+    def by_definition(x, weight):
+        return torch.func.functional_call(plain, {"weight": weight}, (torch.cat([x, maps], 1),))
+
+    def ours(x, weight):
+        return torch.func.functional_call(layer, {"weight": weight}, (x, onehot))
+
+    expected = gradients(by_definition, x, layer.weight.detach(), 0)
+    for found, value in zip(gradients(ours, x, layer.weight.detach(), 0), expected, strict=True):
+        torch.testing.assert_close(found, value)
+
+
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
+def test_the_nets_of_mnist_have_the_gradients_of_constant_maps(format):
+    """In float32, by whatever way each layer is computed, with a label that some images lack and one that all lack."""
+
+    def play(by_definition):
+        nets = models.build(Model(kernel=5, width=32, conditional=True, hidden=16, affine=False), 1, 10, 28, seed=0)
+        generator, discriminator = (net.to(memory_format=format) for net in nets)
+        if by_definition:
+            for layer in (*generator.convs, *discriminator.convs):
+                layer.forward = partial(joined, layer)
+        labels = torch.arange(16) % 9
+        logits = discriminator(generator(torch.linspace(-1, 1, 1600).sin().view(16, 100), labels), labels)
+        logits.square().sum().backward()
+        return [logits.detach(), *(p.grad for net in nets for p in net.parameters())]
+
+    def joined(layer, x, onehot):
+        return layer._library(torch.cat([x, onehot[:, :, None, None].expand(-1, -1, *x.shape[2:])], 1), layer.weight)
+
+    for found, value in zip(play(False), play(True), strict=True):
+        torch.testing.assert_close(found, value, rtol=1e-3, atol=1e-4 * value.abs().max().item())
 
 
 @pytest.fixture

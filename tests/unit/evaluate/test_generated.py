@@ -83,6 +83,52 @@ def test_of_equally_near_images_the_first_counts(small_blocks, cuts):
     assert score(chunks(x, np.arange(40) > 0, *cuts), real, np.array([0])) == {ERROR: 0}
 
 
+@settings(max_examples=100)
+@given(st.data(), st.sampled_from([1, 3, 40]), st.sampled_from([0, 1]))
+def test_pairs_that_are_too_far_apart_are_left_out_without_changing_anything(data, directions, few):
+    """Whether all pairs are compared or only the near ones, the label is that of the first nearest by whole numbers."""
+    levels = st.sampled_from([0, 1, 100, 254, 255])
+    count, asked = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 12))
+    values = data.draw(st.lists(levels, min_size=(count + asked) * 6, max_size=(count + asked) * 6))
+    x, real = np.split(np.array(values, np.uint8).reshape(-1, 1, 2, 3), [count])
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("DIRECTIONS", directions), ("FEW", few), ("QUERIES", 5)):
+            patch.setattr(generated, name, value)
+        found = generated._Nearest(real)
+        for cut in np.array_split(np.arange(count), min(count, 6)):
+            found.add(x[cut], cut)
+    apart = ((x.reshape(1, count, -1).astype(int) - real.reshape(asked, 1, -1)) ** 2).sum(2)
+    np.testing.assert_array_equal(found.labels.cpu(), apart.argmin(1))
+
+
+def test_an_image_nearer_by_one_level_is_found(monkeypatch):
+    """Among real images whose squared lengths are millions, where float32 has no fractions of a level."""
+    monkeypatch.setattr(generated, "FEW", 1)
+    real = np.random.default_rng(0).integers(0, 256, (50, 1, 28, 28)).astype(np.uint8)
+    found = generated._Nearest(real)
+    for count in reversed(range(300)):  # levels that differ from those of the first real image
+        nearer = real[:1].copy()
+        nearer.reshape(-1)[:count] ^= 1
+        found.add(nearer, np.array([count]))
+        assert found.labels[0] == count
+
+
+def test_few_pairs_are_compared_in_all_pixels(monkeypatch):
+    """Ten clusters of images far apart: once one of each is known, other clusters are never looked at."""
+    rng = np.random.default_rng(0)
+    centres = rng.integers(0, 256, (10, 1, 28, 28))
+    x, real = ((centres[np.arange(n) % 10] + rng.integers(-20, 21, (n, 1, 28, 28))).clip(0, 255) for n in (3000, 500))
+    compared = []
+    nearest = generated._nearest
+    monkeypatch.setattr(generated, "_nearest", lambda *args: compared.append(len(args[3])) or nearest(*args))
+    monkeypatch.setattr(generated, "FEW", 1 / 5)
+    labels = np.arange(3000) % 10
+    found = score(chunks(x.astype(np.uint8), labels, 1000, 2000), real.astype(np.uint8), np.arange(500) % 10)
+    assert found == {ERROR: 0}
+    assert compared[0] == 1000 * 500
+    assert 0 < max(compared[1:]) < 0.11 * 1000 * 500
+
+
 def test_right_classes_give_no_error_and_swapped_ones_are_errors():
     x, y = images(60, 10)
     real_x, real_y = images(30, 10, seed=1)
