@@ -25,6 +25,7 @@ MODEL = (
     "train.sample_every=1000",
     "evaluate.checkpoint=latest",
 )
+FEWER = (50_000, 500_000)  # of the digits drawn: what more of them bring, with the same nets
 
 
 def _real(count: int, setting: Setting) -> Measured:
@@ -40,12 +41,14 @@ def _drawn(count: int, setting: Setting) -> Measured:
     generator = checkpoint.load_generator(checkpoint.chosen(run))
     model = run.experiment.model
     chunks = sampling.sampled(generator, model, len(run.store().classes), count, setting.seed, torch.device(device()))
-    found = generated.score(chunks, test_x, test_y)
+    fewer = [size for size in FEWER if size < count]
+    found = generated.score(chunks, test_x, test_y, fewer)
     return Measured(
         {"error": Figure(found["generated_1nn/error"])},
         f"{scale(run)}; {count:,} digits drawn",
-        choices={"checkpoint": checkpoint_rule(run)},
-        runs=(run.name,),
+        {f"the first {size:,} of them": {"error": Figure(found[f"generated_1nn/error_{size}"])} for size in fewer},
+        {"checkpoint": checkpoint_rule(run)},
+        (run.name,),
     )
 
 

@@ -1,8 +1,8 @@
-"""Features and clusters, beside the least they could cost: python tests/benchmarks/bench_evaluation.py [--help]
+"""Features, clusters, neighbours, beside the least they could cost: python tests/benchmarks/bench_evaluation.py [-h]
 
 Extraction (images of a store to arrays on disk) beside the bare forward passes of the same net on images in memory,
-in turn; and our k-means beside scikit-learn's, on the same features with as many starts, seconds and inertia of each.
-The SVM's are in bench_svm.py.
+in turn; our k-means beside scikit-learn's, on the same features with as many starts, seconds and inertia of each; and
+the nearest generated image of each real one by bounds beside all pairs. The SVM's are in bench_svm.py.
 """
 
 import argparse
@@ -19,9 +19,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench_system import make_store, new_game, open_run, place_of
+from scipy.ndimage import gaussian_filter
 from sklearn.cluster import KMeans
 
 from dcgan import features
+from dcgan.evaluate import generated
 from dcgan.evaluate.kmeans import kmeans
 from dcgan.evaluate.samples import Samples
 
@@ -93,6 +95,34 @@ def clustering(samples: int, width: int, device: str, repeats: int, starts: int 
     )
 
 
+def neighbours(known: int, real: int, repeats: int) -> None:
+    """Blurred noise of 28 px, whose brightest parts are strokes and blobs. The first known images are not timed."""
+    rng = np.random.default_rng(0)
+
+    def strokes(count: int) -> np.ndarray:
+        blurred = gaussian_filter(rng.standard_normal((count, 28, 28)).astype(np.float32), (0, 3, 3))
+        return (255 * (blurred / blurred.std()).clip(0, 1)).astype(np.uint8)[:, None]
+
+    queries, labels = strokes(real), np.zeros(generated.BLOCK, np.int64)
+    nearest = generated._Nearest(queries)
+    for _ in range(known // generated.BLOCK):
+        nearest.add(strokes(generated.BLOCK), labels)
+    few, block = generated.FEW, strokes(generated.BLOCK)
+
+    def compare(share: float) -> None:
+        generated.FEW = share
+        nearest.add(block, labels)
+
+    times = in_turn({"all pairs": lambda: compare(0), "by bounds": lambda: compare(few)}, repeats)
+    ratios = sorted(a / b for a, b in zip(times["all pairs"], times["by bounds"], strict=True))
+    every, bounded = (1000 * statistics.median(seconds) for seconds in times.values())
+    print(
+        f"the nearest of {generated.BLOCK} more images to {real:,}, after {known:,}: all pairs {every:.0f} ms, "
+        f"by bounds {bounded:.0f} ms: {statistics.median(ratios):.2f}x ({ratios[0]:.2f} to {ratios[-1]:.2f})",
+        flush=True,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -102,6 +132,7 @@ def main() -> None:
     for size in chosen.size:
         with tempfile.TemporaryDirectory() as directory:
             extraction(Path(directory), size, chosen.device, chosen.repeats)
+    neighbours(100_000, 10_000, 5 * chosen.repeats)
     for samples, width in ((60_000, 784), (20_000, 7_168)):
         clustering(samples, width, chosen.device, chosen.repeats)
 

@@ -5,12 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.neighbors import KNeighborsClassifier
 
-from dcgan import reproduce, stages
-from dcgan.reproduce import TABLES, measure, page, record
+from dcgan import checkpoint, config, reproduce, sampling, stages
+from dcgan.reproduce import TABLES, measure, mnist, page, record
 from dcgan.reproduce.rows import Column, Figure, Measured, Row, Setting, Table, check, features, home, merged
+from dcgan.run import Run
 
 SMALL = ("digits/train.steps=4", "digits/train.checkpoint_every=2", "digits/train.batch_size=32", "compute.workers=0")
 MODEL = ("digits/model.width=4", "digits/evaluate.labels=200", "digits/evaluate.labels_per_class=5")
@@ -155,6 +158,36 @@ def test_a_trained_row_has_controls_choices_and_the_rule_by_which_its_checkpoint
     assert "200 labels" in found["scale"]
     (name,) = found["runs"]
     assert (home(tiny) / "runs" / name / "experiment.json").is_file()
+
+
+def test_generated_digits_are_neighbours_in_any_number_of_the_same_nets(
+    tiny: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Digits(Setting):
+        """scikit-learn's digits in the place of MNIST's."""
+
+        def trained(self, preset: config.DataSet, *words: str) -> Run:
+            return super().trained("digits", *words)
+
+    monkeypatch.setattr(mnist, "FEWER", (20, 40, 60))
+    setting = Digits((*tiny, *SMALL, "digits/model.width=4", "digits/model.hidden=8"), 0, home(tiny) / "row")
+    found = mnist._drawn(60, setting)
+
+    (run,) = setting.runs.values()
+    assert run.experiment.model.conditional
+    generator = checkpoint.load_generator(checkpoint.chosen(run))
+    ((x, y),) = sampling.sampled(generator, run.experiment.model, 10, 60, 0, torch.device("cpu"))
+    images, labels = run.store().images("test"), run.store().labels("test")
+
+    def error(count: int) -> Any:
+        nearest = KNeighborsClassifier(1, algorithm="brute").fit(x[:count].reshape(count, -1).astype(float), y[:count])
+        return pytest.approx(1 - nearest.score(images.reshape(len(images), -1).astype(float), labels))
+
+    assert found.figures == {"error": (error(60), None, "")}
+    assert found.controls == {f"the first {n} of them": {"error": (error(n), None, "")} for n in (20, 40)}
+    assert found.scale.endswith("; 60 digits drawn")
+    assert found.choices == {"checkpoint": "step 4, the newest checkpoint"}
+    assert found.runs == (run.name,)
 
 
 def test_the_page_shows_published_measured_controls_and_reasons(tiny: tuple[str, ...], tmp_path: Path) -> None:
