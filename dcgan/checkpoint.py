@@ -96,10 +96,7 @@ class Writer:
             torch.save(state, staged / STATE)
             storage.seal(staged, {"step": step, "identity": state["identity"], "swd": swd})
             storage.publish(staged, directory / str(step))
-        best = read_best(self.run)
-        if best is None or swd < best["value"]:
-            best = {"step": step, "metric": "swd", "value": swd}
-            storage.write_json(directory / "best.json", best)
+        best = _point_to_best(self.run)
         for old in steps(self.run)[: -self.run.experiment.train.keep]:
             if old != best["step"]:
                 shutil.rmtree(directory / str(old))
@@ -114,6 +111,16 @@ def read_best(run: Run) -> dict[str, Any] | None:
     """The content of best.json: step, metric, value; None before the first checkpoint."""
     file = run.checkpoints / "best.json"
     return json.loads(file.read_text()) if file.is_file() else None
+
+
+def _point_to_best(run: Run) -> dict[str, Any]:
+    """The content of best.json, written anew if it is not the lowest of all: a kill may have come between the two."""
+    manifests = {step: json.loads((run.checkpoints / str(step) / storage.MANIFEST).read_bytes()) for step in steps(run)}
+    step = min(manifests, key=lambda step: (manifests[step]["swd"], step))
+    best = {"step": step, "metric": "swd", "value": manifests[step]["swd"]}
+    if best != read_best(run):
+        storage.write_json(run.checkpoints / "best.json", best)
+    return best
 
 
 def latest(run: Run) -> Path | None:
@@ -133,11 +140,10 @@ def latest(run: Run) -> Path | None:
 
 
 def best(run: Run) -> Path | None:
-    """The checkpoint that best.json names, or None. Raises CorruptError if it is damaged."""
-    pointer = read_best(run)
-    if pointer is None:
+    """The checkpoint of lowest distance, or None. Raises CorruptError if it is damaged."""
+    if not steps(run):
         return None
-    directory = run.checkpoints / str(pointer["step"])
+    directory = run.checkpoints / str(_point_to_best(run)["step"])
     storage.read_manifest(directory)
     return directory
 
@@ -179,9 +185,21 @@ def restore(game: Game, directory: Path, run: Run) -> int:
     game.discriminator.load_state_dict(state["discriminator"])
     if game.average is not None:
         game.average.load_state_dict(state["average"])
-    game.g_optimizer.load_state_dict(state["g_optimizer"])
-    game.d_optimizer.load_state_dict(state["d_optimizer"])
+    _load_optimizer(game.g_optimizer, state["g_optimizer"])
+    _load_optimizer(game.d_optimizer, state["d_optimizer"])
     return state["step"]
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Its moments, in the order of memory that the weights have here: fused Adam on a CPU does not look at strides.
+
+    The settings stay its own. They are those of the experiment, but for what the device asks for.
+    """
+    optimizer.load_state_dict({"state": state["state"], "param_groups": optimizer.state_dict()["param_groups"]})
+    for parameter, moments in optimizer.state.items():
+        for name, value in moments.items():
+            if value.shape == parameter.shape:
+                moments[name] = torch.empty_like(parameter).copy_(value)
 
 
 def load_nets(directory: Path) -> tuple[models.Generator, models.Discriminator, dict[str, Any]]:

@@ -5,7 +5,6 @@ Heavy libraries are imported by the stage that needs them, so help and refusals 
 
 import argparse
 import dataclasses
-import json
 import logging
 import sys
 import textwrap
@@ -13,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from dcgan import config, storage
+from dcgan import config
 from dcgan.config import PRESETS
 from dcgan.run import Run
 
@@ -188,9 +187,11 @@ def _changed(run: Run, overrides: Sequence[str]) -> Run:
     for word in overrides:
         if word.partition(".")[0] not in RUN_SECTIONS:
             raise ValueError(f"{word} would make another run of {run.name}; give a preset, not a run, to set it")
-    file = run.path / "experiment.json"
-    storage.write_json(file, {**json.loads(file.read_text()), "experiment": experiment.model_dump(mode="json")})
-    return dataclasses.replace(run, experiment=experiment)
+        if word.startswith("evaluate.images"):
+            raise ValueError(f"{word} asks for images to be ingested; give {run.name}'s preset, not the run, to set it")
+    changed = dataclasses.replace(run, experiment=experiment)
+    changed.record()
+    return changed
 
 
 class Parser(argparse.ArgumentParser):

@@ -113,7 +113,7 @@ class ConvTranspose2d(_Labelled, nn.ConvTranspose2d):  # type: ignore[misc]
 
 def _layer(module: nn.Conv2d | nn.ConvTranspose2d, height: int, width: int) -> Layer:
     """Between a larger map and a smaller one of that height and width."""
-    return Layer(module.weight.shape[2], int(module.padding[0]), height, width)
+    return Layer(module.kernel_size[0], int(module.padding[0]), height, width)
 
 
 def _dtype(x: Tensor) -> torch.dtype:

@@ -34,9 +34,9 @@ from dcgan.run import Run
 
 POOL = 4  # paper, section 5.1: each layer's maps are pooled to a 4x4 grid
 DISCRIMINATOR, GENERATOR = "discriminator.safetensors", "generator.safetensors"
-BATCH = 250  # divides the published data sets' sizes, so that calibration sees every image
+BATCH = 250
 PART = 5_000  # images that one process does at a time
-CALIBRATION = 60_000  # images at most: every one of the published tables' data sets, a fiftieth of LSUN
+CALIBRATION = 60_000  # images at most: all that CIFAR and MNIST have, one in 21 of ImageNet's
 
 Maker = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]  # `map`, or what gives the jobs to others
 Statistics = tuple[int, list[np.ndarray]]
@@ -73,7 +73,9 @@ def _calibration_parts(store: Store) -> range:
 
 @torch.no_grad()
 def batch_statistics(discriminator: Discriminator, store: Store, device: torch.device, part: int) -> Statistics:
-    """Number of batches in a part of the training images, and for each BatchNorm the sums of their means and variances.
+    """Number of images in a part of the training set, and for each BatchNorm the sums of their means and variances.
+
+    A batch counts as often as it has images, so that a small last one says no more than they do.
 
     The images are those of positions `part` * PART on in one fixed shuffled order. The net's own statistics are lost.
     """
@@ -89,9 +91,9 @@ def batch_statistics(discriminator: Discriminator, store: Store, device: torch.d
     for batch in _batches(images, order, device):
         if len(batch) > 1:  # a single image has no variance
             extractor(batch)
-            count += 1
+            count += len(batch)
             for total, norm in zip(sums, norms, strict=True):
-                total += torch.stack([norm.running_mean, norm.running_var]).double().cpu().numpy()
+                total += len(batch) * torch.stack([norm.running_mean, norm.running_var]).double().cpu().numpy()
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     return count, sums
@@ -115,7 +117,14 @@ def extract(run: Run, maker: Maker = map) -> None:
 
     Banks that are there already, of the same checkpoint, are kept; those of another checkpoint are removed. Where no
     image has a label nothing is scored, and the banks have no arrays. maker: what does the parts, in any order.
+    Raises BusyError if another process does the same.
     """
+    run.features.mkdir(exist_ok=True)
+    with storage.hold(run.features / ".lock", f"features of run {run.name}"):
+        _extract(run, maker)
+
+
+def _extract(run: Run, maker: Maker) -> None:
     store, directory = run.store(), checkpoint.chosen(run)
     generator, trained, _ = checkpoint.load_nets(directory)
     _, random, _ = _untrained(run, store)
@@ -128,7 +137,7 @@ def extract(run: Run, maker: Maker = map) -> None:
                 _export(run.path / "export" / GENERATOR, generator, run, store)
                 _export(run.path / "export" / DISCRIMINATOR, net, run, store)
     for other in run.features.iterdir():
-        if other not in {bank_of(run, source, step) for source, (_, step) in wanted.items()}:
+        if other.is_dir() and other not in {bank_of(run, source, step) for source, (_, step) in wanted.items()}:
             shutil.rmtree(other)
 
 

@@ -1,10 +1,15 @@
 """Memory that a training process keeps instead of giving it back after every step."""
 
 import ctypes
+import logging
 import platform
+
+log = logging.getLogger(__name__)
 
 # malloc.h of glibc
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
+KEPT = 2**30
+OLDER = 2**25  # the largest M_MMAP_THRESHOLD of glibc before 2.35 or so
 
 
 def keep() -> None:
@@ -18,5 +23,5 @@ def keep() -> None:
         return
     libc = ctypes.CDLL(None)
     for parameter in (M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD):
-        if not libc.mallopt(parameter, 2**30):
-            raise OSError(f"mallopt refused {2**30} for parameter {parameter}")
+        if not (libc.mallopt(parameter, KEPT) or libc.mallopt(parameter, OLDER)):
+            log.warning("the C library does not keep freed memory: mallopt refused %d for %d", KEPT, parameter)

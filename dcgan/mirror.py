@@ -11,12 +11,12 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from dcgan import storage
-from dcgan.remote import Remote, in_parallel
+from dcgan.remote import Remote, RemoteError, in_parallel
 
 log = logging.getLogger(__name__)
 
@@ -29,14 +29,18 @@ def push_store(home: Path, url: str, fingerprint: str) -> None:
 
     Raises RemoteError; nothing of the store counts as there then.
     """
-    _push(Remote(url), home / "stores" / fingerprint, f"stores/{fingerprint}")
+    remote, at = Remote(url), f"stores/{fingerprint}"
+    _push(remote, home / at, at, remote.sizes(at))  # named by its content: a file of the right length is the right one
 
 
-def _push(remote: Remote, directory: Path, at: str) -> None:
-    if remote.read(f"{at}/{storage.MANIFEST}") == (directory / storage.MANIFEST).read_bytes():
+def _push(remote: Remote, directory: Path, at: str, there: dict[str, int]) -> None:
+    """Copy a sealed directory; there: files known to be the same ones if they are as long."""
+    known = remote.read(f"{at}/{storage.MANIFEST}")
+    if known == (directory / storage.MANIFEST).read_bytes():
         return
     manifest = storage.read_manifest(directory, hashes=False)
-    there = remote.sizes(at)
+    if known is not None:  # of another directory of this name: nothing is there until its files are
+        remote.remove([f"{at}/{storage.MANIFEST}"])
     missing = [name for name, entry in manifest["files"].items() if there.get(name) != entry["bytes"]]
     log.info("copying %d of %d files of %s to %s", len(missing), len(manifest["files"]), directory.name, remote.url)
     in_parallel(remote.upload, [(directory / name, f"{at}/{name}") for name in missing])
@@ -50,12 +54,19 @@ def pull_store(home: Path, url: str, fingerprint: str, cache_gb: float) -> bool:
     if all would be more than `cache_gb`. Raises RemoteError, CorruptError, or OSError if this store alone is more.
     """
     remote, stores = Remote(url), home / "stores"
+    lock = stores / "index" / f"{fingerprint}.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with storage.hold(lock, fingerprint, wait=True):
+        return (stores / fingerprint).exists() or _pull_store(remote, stores, fingerprint, cache_gb)
+
+
+def _pull_store(remote: Remote, stores: Path, fingerprint: str, cache_gb: float) -> bool:
     manifest = remote.read(f"stores/{fingerprint}/{storage.MANIFEST}")
     if manifest is None:
         return False
     if storage.digest(manifest) != fingerprint:
         raise storage.CorruptError(
-            f"{url}/stores/{fingerprint}/{storage.MANIFEST} is corrupt: its hash is not its name"
+            f"{remote.url}/stores/{fingerprint}/{storage.MANIFEST} is corrupt: its hash is not its name"
         )
     _make_room(remote, stores, sum(entry["bytes"] for entry in json.loads(manifest)["files"].values()), cache_gb)
     _pull(remote, f"stores/{fingerprint}", stores / fingerprint, manifest)
@@ -76,7 +87,7 @@ def _pull(remote: Remote, at: str, directory: Path, manifest: bytes) -> None:
     )
     storage.write_bytes(staged / storage.MANIFEST, manifest)
     storage.publish(staged, directory)
-    shutil.rmtree(staged, ignore_errors=True)  # another process was first
+    shutil.rmtree(staged, ignore_errors=True)  # a copy of the same was here
 
 
 def touch(store: Path) -> None:
@@ -122,16 +133,22 @@ def push_run(run: Path, url: str) -> None:
     """Copy what is new of a run to the remote; only one process does so at a time, the one that holds the run.
 
     Metrics go before checkpoints, and the pointer to the best after it, so that whoever starts from the copy finds
-    every line up to the checkpoint it resumes from. Raises RemoteError.
+    every line up to the checkpoint it resumes from. Raises RemoteError, also if the remote has a newer checkpoint.
     """
     remote, at = Remote(url), f"runs/{run.name}"
+    newest = max(_steps(remote.sizes(f"{at}/checkpoints")), default=-1)
+    if newest > max(_here(run), default=-1):
+        raise RemoteError(
+            f"{url}/{at} has a checkpoint of step {newest}, newer than any here: another machine went on with this "
+            "run, and the command that opened it copies what that has made"
+        )
     ledger = run / ".remote.json"
     sent: dict[str, list[int]] = json.loads(ledger.read_text()) if ledger.exists() else {}
     steps = {path.parent for path in (run / "checkpoints").glob(f"*/{storage.MANIFEST}")}
     for name, state in sorted(_plain(run).items(), key=lambda item: (item[0] == "checkpoints/best.json", item[0])):
         if name == "checkpoints/best.json":
             for step in sorted(steps):
-                _push(remote, step, f"{at}/checkpoints/{step.name}")
+                _push(remote, step, f"{at}/checkpoints/{step.name}", {})
         if sent.get(name) != state:
             remote.write(f"{at}/{name}", (run / name).read_bytes())
             sent[name] = state
@@ -153,27 +170,44 @@ def _plain(run: Path) -> dict[str, list[int]]:
     return found
 
 
+def _here(run: Path) -> set[int]:
+    """The steps of a run's checkpoints."""
+    return _steps(f"{path.parent.name}/{path.name}" for path in run.glob(f"checkpoints/*/{storage.MANIFEST}"))
+
+
+def _steps(names: Iterable[str]) -> set[int]:
+    """Those that have a manifest among files below checkpoints/."""
+    found = (name.split("/") for name in names)
+    return {int(parts[0]) for parts in found if parts[0].isdigit() and parts[-1] == storage.MANIFEST}
+
+
 def pull_run(run: Path, url: str) -> bool:
-    """Copy a run from the remote unless it is here; False if it is here, or not there. Raises RemoteError."""
-    if (run / "experiment.json").exists():
-        return False
+    """Copy a run from the remote unless it is here and as far; False if nothing is to be copied.
+
+    Raises RemoteError, or BusyError if it is trained here while another machine went on with it.
+    """
     remote, at = Remote(url), f"runs/{run.name}"
     there = remote.sizes(at)
-    if "experiment.json" not in there:
+    steps = _steps(name.removeprefix("checkpoints/") for name in there if name.startswith("checkpoints/"))
+    here = (run / "experiment.json").exists()
+    if "experiment.json" not in there or (here and max(steps, default=-1) <= max(_here(run), default=-1)):
         return False
-    steps = {
-        name.split("/")[1] for name in there if name.startswith("checkpoints/") and name.endswith(storage.MANIFEST)
-    }
-    for step in sorted(steps, key=int):
+    run.mkdir(parents=True, exist_ok=True)
+    with storage.hold(run / ".lock", f"run {run.name}"):
+        _pull_run(remote, at, run, there, steps - _here(run))
+    return True
+
+
+def _pull_run(remote: Remote, at: str, run: Path, there: Iterable[str], steps: set[int]) -> None:
+    for step in sorted(steps):
         manifest = remote.read(f"{at}/checkpoints/{step}/{storage.MANIFEST}")
         if manifest is not None:
-            _pull(remote, f"{at}/checkpoints/{step}", run / "checkpoints" / step, manifest)
+            _pull(remote, f"{at}/checkpoints/{step}", run / "checkpoints" / str(step), manifest)
     plain = [name for name in there if not name.startswith("checkpoints/") or name == "checkpoints/best.json"]
     for name in sorted(plain, key=lambda name: name == "experiment.json"):  # last: with it the run is there
         content = remote.read(f"{at}/{name}")
         if content is not None:
             storage.write_bytes(run / name, content)
-    return True
 
 
 @contextmanager

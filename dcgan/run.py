@@ -11,9 +11,7 @@ report.html       the page
 mlflow.json       what has been delivered to MLflow
 """
 
-import fcntl
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +21,6 @@ from typing import Any
 from dcgan import storage
 from dcgan.config import Experiment, digest, validate
 from dcgan.data.store import Store
-from dcgan.storage import BusyError
 
 
 @dataclass(frozen=True)
@@ -50,13 +47,21 @@ class Run:
             from dcgan import mirror
 
             mirror.pull_run(run.path, experiment.data.remote)
-        recorded = {
-            "experiment": experiment.model_dump(mode="json"),
-            "fingerprint": run.fingerprint,
-            "scored": run.scored,
-        }
-        storage.write_json(run.path / "experiment.json", recorded)
+        run.record()
         return run
+
+    def record(self) -> None:
+        """Write experiment.json, which all processes of the run read. Raises BusyError if one holds the run."""
+        content = {
+            "experiment": self.experiment.model_dump(mode="json"),
+            "fingerprint": self.fingerprint,
+            "scored": self.scored,
+        }
+        file = self.path / "experiment.json"
+        if not file.is_file() or file.read_text() != storage.dump_json(content):
+            self.path.mkdir(parents=True, exist_ok=True)
+            with self.lock():
+                storage.write_json(file, content)
 
     @classmethod
     def open(cls, path: Path) -> "Run":
@@ -118,16 +123,8 @@ class Run:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the run for writing; the kernel lets go when the process dies. Raises BusyError if it is held."""
-        with (self.path / ".lock").open("a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                file.seek(0)
-                raise BusyError(f"run {self.name} is being written by process {file.read().strip()}") from error
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
+        """Hold the run for writing. Raises BusyError if it is held."""
+        with storage.hold(self.path / ".lock", f"run {self.name}"):
             yield
 
 

@@ -1,4 +1,4 @@
-"""Images drawn from a generator: those of fixed z, and labelled ones, as many as `evaluate.generated` compares with."""
+"""Images drawn from a generator: those of fixed z, and as many others as an evaluation compares with."""
 
 from collections.abc import Iterator
 
@@ -42,12 +42,10 @@ def sampled(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """`count` images uint8 (n, C, H, W) and the class each was drawn for, int64 (n,), CHUNK at a time.
 
-    The classes take turns, so the first images are balanced, too. They are the same ones whatever `count` is: a pure
-    function of the weights and `seed`. BatchNorm has its running statistics.
-    Raises ValueError for a generator that takes no labels, or if `count` is below 1.
+    The classes take turns, so the first images are balanced, too; a generator that takes no labels draws for none, -1.
+    The images are the same ones whatever `count` is: a pure function of the weights and `seed`. BatchNorm has its
+    running statistics. Raises ValueError if `count` is below 1.
     """
-    if not model.conditional:
-        raise ValueError("labelled images need model.conditional=true: this generator takes no labels")
     if count < 1:
         raise ValueError(f"count={count}: at least 1 image is drawn")
     return _chunks(generator.to(device), model, classes, count, seed)
@@ -58,6 +56,7 @@ def _chunks(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     for number, first in enumerate(range(0, count, CHUNK)):
         z = torch.from_numpy(batches.noise(model.z, (CHUNK, model.z_dim), seed, FIRST + number))
-        labels = torch.arange(first, first + CHUNK) % classes
+        labels = torch.arange(first, first + CHUNK) % classes if model.conditional else None
         here = min(CHUNK, count - first)  # the rest is drawn, too: a smaller batch would round otherwise
-        yield to_uint8(draw(generator, z, labels).numpy())[:here], labels.numpy()[:here]
+        images = to_uint8(draw(generator, z, labels).numpy())[:here]
+        yield images, np.full(here, -1) if labels is None else labels.numpy()[:here]

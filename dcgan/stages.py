@@ -91,6 +91,7 @@ def train(run: Run, progress: Progress | None = None) -> None:
     if newest is not None:
         checkpoint.check_fits(newest, run)
         if int(newest.name) >= run.experiment.train.steps:
+            _push(run)
             return
     with mirror.follow(run.path, run.experiment.data.remote), tracking.follow(run), _progress(run, progress):
         if run.experiment.compute.workers == 0:
@@ -135,7 +136,9 @@ def _progress(run: Run, report: Progress | None) -> Iterator[None]:
         seen = max((line["step"] for line in run.metrics()), default=0)
         while True:
             last = stop.wait(1.0)
-            for line in run.metrics():
+            lines = run.metrics()
+            seen = min(seen, max((line["step"] for line in lines), default=0))  # those after the checkpoint are cut
+            for line in lines:
                 if line["step"] > seen:
                     seen = line["step"]
                     report(line)
@@ -226,8 +229,8 @@ def report(run: Run) -> Path:
 
     If MLflow can't be reached, a warning says so and nothing is lost: `dcgan sync`, or the next run, delivers it.
     """
-    from dcgan import mirror, tracking
     from dcgan import report as page
+    from dcgan import tracking
 
     tracking.start(run)
     file = page.write(run)
@@ -236,9 +239,21 @@ def report(run: Run) -> Path:
     except tracking.TrackingError as error:
         log.warning("%s; `dcgan sync %s` delivers the run when it is back", error, run.name)
     tracking.finish(run, "FINISHED")
-    if run.experiment.data.remote:
-        mirror.push_run(run.path, run.experiment.data.remote)
+    _push(run)
     return file
+
+
+def _push(run: Run) -> None:
+    """Copy the run to `data.remote`, if there is one, unless a process that trains it does so."""
+    from dcgan import mirror
+
+    if run.experiment.data.remote is None:
+        return
+    try:
+        with run.lock():
+            mirror.push_run(run.path, run.experiment.data.remote)
+    except storage.BusyError as error:
+        log.info("%s, which copies it to %s", error, run.experiment.data.remote)
 
 
 def sample(source: Path, count: int, seed: int, out: Path) -> None:

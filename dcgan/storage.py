@@ -4,6 +4,7 @@ Image stores and checkpoints are both such directories. `manifest.json` is writt
 with its length and SHA-256; a directory without a valid manifest does not exist.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -24,6 +25,21 @@ class CorruptError(RuntimeError):
 
 class BusyError(RuntimeError):
     """Another process is writing this directory; the message names it."""
+
+
+@contextmanager
+def hold(file: Path, what: str, wait: bool = False) -> Iterator[None]:
+    """Hold a lock file; the kernel lets go when the process dies. Raises BusyError if it is held, unless `wait`."""
+    with file.open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError as error:
+            lock.seek(0)
+            raise BusyError(f"{what} is being written by process {lock.read().strip()}") from error
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
 
 
 def sha256(path: Path) -> str:

@@ -5,6 +5,7 @@ from typing import Any
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
 
 from dcgan import tracking, tracking_run
 
@@ -20,12 +21,16 @@ def log(home: Path, experiment: str, name: str, metrics: dict[str, float], param
         now = tracking.milliseconds()
         tags = {"mlflow.source.name": "dcgan", "mlflow.source.type": "LOCAL", "mlflow.note.content": text}
         run = client.create_run(tracking_run.experiment(client, home, experiment), now, run_name=name)
-        client.log_batch(
-            run.info.run_id,
-            [Metric(key, value, now, 0) for key, value in metrics.items()],
-            [Param(key, str(value)) for key, value in params.items()],
-            [RunTag(key, value) for key, value in tags.items()],
-            synchronous=True,
-        )
+        try:
+            client.log_batch(
+                run.info.run_id,
+                [Metric(key, value, now, 0) for key, value in metrics.items()],
+                [Param(key, str(value)) for key, value in params.items()],
+                [RunTag(key, value) for key, value in tags.items()],
+                synchronous=True,
+            )
+        except MlflowException:
+            client.set_terminated(run.info.run_id, "FAILED")
+            raise
         client.set_terminated(run.info.run_id, "FINISHED")
     return run.info.run_id

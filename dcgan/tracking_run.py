@@ -13,6 +13,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Param, RunTag, ViewType
 from mlflow.entities import Run as MlflowRun
 from mlflow.exceptions import MlflowException, RestException
+from sqlalchemy.exc import SQLAlchemyError
 
 from dcgan import summary, tracking
 from dcgan.run import Run
@@ -34,6 +35,8 @@ def failures(address: str) -> Iterator[None]:
         raise TrackingError(f"MLflow at {address} failed: {_line(error)}") from error
     except requests.RequestException as error:
         raise TrackingError(f"MLflow at {address} can't be reached: {_line(error)}") from error
+    except (SQLAlchemyError, ImportError) as error:  # of a database that MLflow is to keep its record in
+        raise TrackingError(f"MLflow can't use {address}: {_line(error)}") from error
     except OSError as error:
         raise TrackingError(f"can't deliver to MLflow at {address}: {_line(error)}") from error
 

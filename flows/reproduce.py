@@ -52,7 +52,7 @@ def reproduce(
         get_run_logger().info("%s: %s", row, record.words(TABLES[table], content))
     create_markdown_artifact(
         page.tables({table: TABLES[table]}, {table: record.read(directory, table)}),
-        key=f"reproduce-{table.replace('_', '-')}",
+        key=tasks.artifact_key("reproduce", table),
         description=TABLES[table].title,
     )
     return {"page": str(record.write_page(directory)), "rows": found}

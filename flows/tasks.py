@@ -24,6 +24,11 @@ from dcgan.run import Run
 HOUR = 3600.0
 
 
+def artifact_key(*words: str) -> str:
+    """An artifact's: Prefect takes lower-case letters, digits and hyphens."""
+    return "-".join(words).replace("_", "-")
+
+
 def _is_download(task: Any, task_run: TaskRun, state: State) -> bool:
     """Whether the network failed. Wrong settings, missing and corrupt files would only fail again."""
     return isinstance(state.result(raise_on_failure=False), DownloadError | RemoteError)

@@ -91,7 +91,8 @@ def publish(run: Run, preset: str) -> None:
             summary.markdown(run),
         ]
     )
-    create_markdown_artifact(text, key=f"train-eval-{preset}", description=f"Samples and scores of {run.name}")
+    key = tasks.artifact_key("train-eval", preset)
+    create_markdown_artifact(text, key=key, description=f"Samples and scores of {run.name}")
 
 
 def main(words: list[str]) -> int:

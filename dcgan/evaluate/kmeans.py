@@ -83,7 +83,8 @@ def lloyd(x: Samples, centres: Tensor, squared: Tensor) -> Clusters:
         labels[going] = nearest
         sizes = torch.stack([each.bincount(minlength=count) for each in nearest])
         _refill(x, nearest, distances, sums, sizes)
-        moved = sums / sizes[:, :, None]
+        # Where the furthest samples were the only ones of their cluster, that is empty now, and stays where it is.
+        moved = torch.where(sizes[:, :, None] > 0, sums / sizes[:, :, None], centres[going])
         shift = (moved - centres[going]).square().sum((1, 2))
         centres[going] = torch.where(same[:, None, None], centres[going], moved)
         going = going[~same & (shift > limit)]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dcgan.evaluate.products import Reduced, Streamed
+from dcgan.evaluate.samples import NotConvergedError
 
 NEWTON_STEPS = 100  # 2 to 8 are needed on standardised features
 CG_STEPS = 250  # in one Newton step; 5 to 60 are needed
@@ -31,8 +32,8 @@ def minimise(
 
     Done with a problem when half its squared gradient, which bounds the distance to the minimum since the objective is
     1-strongly convex, is at most `tol` of the objective, or when a step was predicted to gain less than a tenth of that
-    and then one with tighter conjugate gradients, too. Raises RuntimeError, naming problem and bound, if float32 does
-    not get there.
+    and then one with tighter conjugate gradients, too. Raises NotConvergedError, naming problem and bound, if float32
+    does not get there.
     """
     weights, found = start or (torch.zeros(len(signs), x.width, device=x.device), torch.zeros_like(signs))
     gain = torch.full((len(signs), 1), torch.inf, dtype=torch.float64, device=x.device)
@@ -54,7 +55,7 @@ def minimise(
         weights[open_] += length * step
         found[open_] += length * change
     worst = int(left.argmax())
-    raise RuntimeError(
+    raise NotConvergedError(
         f"L2-SVM {worst} with C={float(c[worst]):g} is within {left[worst]:.1e} of its minimum, not {tol:g}, after "
         f"{NEWTON_STEPS} Newton steps: standardise the features or lower C"
     )

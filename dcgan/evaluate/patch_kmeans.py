@@ -88,17 +88,14 @@ def score(
     train_y: np.ndarray,
     test_images: np.ndarray,
     test_y: np.ndarray,
-    *,
+    settings: Evaluate,
     centroids: int,
-    labels_per_class: int = 400,
-    draws: int = 10,
-    seed: int,
 ) -> dict[str, float]:
-    """`patch_kmeans/accuracy`, `patch_kmeans/few_labels_accuracy` on test (0 to 1, higher is better) and its `..._std`.
+    """`patch_kmeans/accuracy` and `/few_labels_accuracy` on test (0 to 1, higher is better), the latter's `_std`, `_c`.
 
     images: uint8 (N, C, H, W), y: int64 (N,). The features are learned on all training images without labels.
     `accuracy` is that of the published classifier, in which nothing is chosen: `standardise`, then an L2-SVM with
-    C = 100 / N. The other two are those of `svm.score_few_labels`, so that these features and a discriminator's stand
+    C = 100 / N. The others are those of `svm.score_few_labels`, so that these features and a discriminator's stand
     the same test: C is chosen on a fifth of train that is held out of all draws. No C was published for few labels.
     Raises ValueError for input that `PatchKMeans` or `samples` refuses, or if a class has too few labels to draw.
     """
@@ -106,9 +103,8 @@ def score(
     _views(train_images), _views(test_images)
     check(train_images.reshape(len(train_images), -1), train_y, test_images.reshape(len(test_images), -1), test_y)
     check_classes(train_y, test_y)
-    settings = Evaluate(labels_per_class=labels_per_class, draws=draws, seed=seed)
-    draw(train_y[hold_out(train_y, seed)[0]], labels_per_class, (seed,))
-    model = PatchKMeans(centroids, seed).fit(train_images)
+    draw(train_y[hold_out(train_y, settings.seed)[0]], settings.labels_per_class, (settings.seed,))
+    model = PatchKMeans(centroids, settings.seed).fit(train_images)
     train_x, test_x = model.transform(train_images), model.transform(test_images)
     standardise(train_x, test_x)
     svm = L2SVM(C=PENALTY / len(train_x)).fit(train_x, train_y)
@@ -117,6 +113,7 @@ def score(
         "patch_kmeans/accuracy": float((svm.predict(test_x) == test_y).mean()),
         "patch_kmeans/few_labels_accuracy": few["svm_few_labels/accuracy"],
         "patch_kmeans/few_labels_accuracy_std": few["svm_few_labels/accuracy_std"],
+        "patch_kmeans/few_labels_c": few["svm_few_labels/c"],
     }
 
 

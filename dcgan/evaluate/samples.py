@@ -13,6 +13,10 @@ BLOCK_BYTES = {"cpu": 2**21, "cuda": 2**28}
 Labelled = tuple[np.ndarray, np.ndarray]  # features (N, F) and labels (N,)
 
 
+class NotConvergedError(RuntimeError):
+    """A classifier has not come as near to its minimum as it has to; the message says what helps."""
+
+
 @dataclass(frozen=True)
 class Samples:
     """Chosen rows of a feature array, read as (features - mean) * inverse_scale.

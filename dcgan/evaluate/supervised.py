@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dcgan.config import Model, digest
-from dcgan.evaluate.samples import draw
+from dcgan.evaluate.samples import NotConvergedError, draw
 from dcgan.models import STEM, Discriminator, initialise
 
 LEARNING_RATES = (1e-4, 1e-2)  # log-uniform, around the 2e-4 and 5e-4 of the paper and of its SVHN code
@@ -193,7 +193,8 @@ def score(
 
     `maker` runs the trials: in this process one after the other, or as `cluster_search.search` does. Images and each
     trial's weights (4 MB at width 64 and 32 pixels) go through `directory`, which the caller may remove afterwards.
-    Raises ValueError for images or labels that don't fit, or a class with too few; RuntimeError if no trial learns.
+    Raises ValueError for images or labels that don't fit, or a class with too few; NotConvergedError if no trial
+    learns.
     """
     _check(train, validation=validation, test=test)
     if min(labels_per_class, trials, epochs) < 1:
@@ -216,7 +217,7 @@ def score(
     chosen = int(np.argmin(errors))
     best = results[chosen]
     if best is None or not best["epoch"]:
-        raise RuntimeError(f"none of {trials} trials has learned: each failed or has a loss that is not finite")
+        raise NotConvergedError(f"none of {trials} trials has learned: each failed or has a loss that is not finite")
     net.load_state_dict(load_file(_weights(directory, settings[chosen])))
     wrong = _classify(net.to(device), test[0], device) != test[1]
     return {

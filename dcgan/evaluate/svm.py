@@ -46,7 +46,8 @@ class L2SVM(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-lea
     def fit(self, x: Samples | np.ndarray, y: np.ndarray) -> Self:
         """Learn from x (N, F) and labels y (N,).
 
-        Raises ValueError if y has one class or x a NaN, RuntimeError if float32 does not reach `tol` (C far too large).
+        Raises ValueError if y has one class or x a NaN, NotConvergedError if float32 does not reach `tol` (C far too
+        large).
         """
         if isinstance(x, Samples):
             samples = x

@@ -19,7 +19,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import validate_data
 from torch import Tensor
 
-from dcgan.evaluate.samples import Labelled, Samples, check, check_classes, device, draw, hold_out
+from dcgan.evaluate.samples import Labelled, NotConvergedError, Samples, check, check_classes, device, draw, hold_out
 from dcgan.evaluate.svm import L2SVM
 
 UNLABELLED = -1  # scikit-learn's label of a row that has none
@@ -68,8 +68,8 @@ class TSVM(L2SVM):
     def fit(self, x: Samples | np.ndarray, y: np.ndarray) -> Self:
         """Learn from x (N, F) and labels y (N,), -1 where a row has none.
 
-        Raises ValueError for C or `unlabelled` that are not positive, labels of one class or a NaN in x; RuntimeError
-        if L-BFGS does not reach `tol` (C far too large).
+        Raises ValueError for C or `unlabelled` that are not positive, labels of one class or a NaN in x;
+        NotConvergedError if L-BFGS does not reach `tol` (C far too large).
         """
         if not isinstance(x, Samples):
             array, y = validate_data(self, x, y, dtype=np.float32, order="C")
@@ -144,7 +144,7 @@ class _Problem:
         options = bounds | {"maxiter": ITERATIONS, "maxfun": 2 * ITERATIONS}
         found = minimize(objective, np.zeros(begin.numel()), method="L-BFGS-B", jac=True, options=options)
         if not found.success:
-            raise RuntimeError(
+            raise NotConvergedError(
                 f"TSVM with C={1 / (self.decay * len(self.known)):g} and unlabelled={unlabelled:g} has not come within "
                 f"tol={tol:g} after {found.nit} steps of L-BFGS ({found.message}): standardise the features or lower C"
             )

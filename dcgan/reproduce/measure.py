@@ -7,6 +7,7 @@ A row that can't be measured (no data, no weights) says why and stops no other. 
 import dataclasses
 import json
 import logging
+import re
 import shlex
 import statistics
 import time
@@ -156,7 +157,8 @@ def _deliver(table: str, row: Row, content: dict[str, Any], where: Path) -> None
     metrics |= {f"spread/{column}": cell[1] for column, cell in content["figures"].items() if cell[1] is not None}
     metrics |= {f"published/{column}": figure.value for column, figure in row.published.items()}
     for control, cells in content["controls"].items():
-        metrics |= {f"{control.replace(' ', '_')}/{column}": cell[0] for column, cell in cells.items()}
+        name = re.sub(r"\W+", "_", control)  # MLflow takes no comma
+        metrics |= {f"{name}/{column}": cell[0] for column, cell in cells.items()}
     params = {key: content[key] for key in ("scale", "seeds", "seconds", "command", "commit", "hardware", "date")}
     params |= {"runs": " ".join(content["runs"]), "source": row.source or "-"}
     try:

@@ -60,7 +60,7 @@ class Setting:
     runs: dict[str, Run] = field(default_factory=dict)
 
     def experiment(self, preset: DataSet, *words: str) -> Experiment:
-        """The preset's experiment with the row's words, then the user's, then the seed.
+        """The preset's experiment with the row's words, the seed, and the user's words, which are the last.
 
         An override may be for one preset: `cifar10/data.source=DIRECTORY`.
         """
@@ -107,8 +107,7 @@ class _Override(NamedTuple):
 class Row:
     """A method of a table.
 
-    published: column to figure. source: whose. measure: how it is measured here, or why it is not. claim: which of two
-    lines of one method is the published protocol, and what differs from it.
+    published: column to figure. source: whose. measure: how it is measured here, or why it is not.
     """
 
     key: str
@@ -116,7 +115,6 @@ class Row:
     published: dict[str, Figure]
     source: str
     measure: Callable[[Setting], Measured] | str
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -142,11 +140,13 @@ BEST = "the checkpoint of lowest sliced Wasserstein distance between generated a
 
 
 def check(overrides: Sequence[str]) -> None:
-    """Raise ValueError for an override that no experiment would take, before any work."""
+    """Raise ValueError for an override that no experiment would take, or a seed, before any work."""
     known = config.keys()
     for word in overrides:
         if (key := _Override.read(word).key) not in known:
             raise ValueError(f"unknown key {key!r}{config.meant(key, known)}")
+        if key in ("train.seed", "evaluate.seed"):
+            raise ValueError(f"{word}: a row is measured with the seeds 0 to N - 1 of --seeds N")
 
 
 def features(run: Run, protocol: config.Protocol, names: dict[str, str]) -> Measured:
@@ -159,7 +159,7 @@ def features(run: Run, protocol: config.Protocol, names: dict[str, str]) -> Meas
         for source, values in scores.items()
     }
     chosen = {
-        f"{source} {name.rpartition('/')[2]}": value
+        f"{source} {name}": value
         for source, values in scores.items()
         for name, value in values.items()
         if name not in names.values() and name.rpartition("/")[2] in ("c", "neighbours")

@@ -38,7 +38,8 @@ def _tsvm(setting: Setting, x: dict[str, np.ndarray], y: dict[str, np.ndarray]) 
         y["test"],
         labels_per_class=settings.labels_per_class,
         draws=DRAWS,
-        seed=setting.seed,
+        seed=settings.seed,
+        c_grid=settings.c_grid,
         validation=(x["validation"], y["validation"]),
     )
 

@@ -23,6 +23,7 @@ from dcgan.config import Data, Experiment, build
 from dcgan.data.ingest import ingest
 from dcgan.data.store import Store
 from dcgan.remote import Remote, RemoteError
+from dcgan.run import Run
 
 pytestmark = pytest.mark.slow
 URL = "s3://bucket/team"
@@ -160,6 +161,67 @@ def test_a_run_is_gone_on_with_from_its_copy(server: s3.Store, tmp_path: Path) -
     ours, theirs = (checkpoint.load(run.checkpoints / "4")["generator"] for run in (again, alone))
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     assert [line["step"] for line in again.metrics()] == [1, 2, 3, 4]
+
+
+def test_a_home_that_was_left_behind_is_brought_up_to_date_and_overwrites_nothing(
+    server: s3.Store, tmp_path: Path
+) -> None:
+    """One machine stops after the first checkpoint, another ends the training, and then the first is back."""
+    first = stages.ingest(digits(tmp_path / "a"))
+    stages.train(first)
+    stopped = first.path.with_name("stopped")
+    shutil.copytree(first.path, stopped)
+    shutil.rmtree(stopped / "checkpoints" / "4")
+    shutil.rmtree(first.path)
+    stopped.rename(first.path)
+    kept = Remote(URL).sizes(f"runs/{first.name}")
+    with pytest.raises(RemoteError, match="has a checkpoint of step 4, newer than any here"):
+        mirror.push_run(first.path, URL)
+    assert Remote(URL).sizes(f"runs/{first.name}") == kept
+    again = stages.ingest(digits(tmp_path / "a", "evaluate.labels=100"))
+    assert checkpoint.steps(again) == [2, 4]
+    assert [line["step"] for line in again.metrics()] == [1, 2, 3, 4]
+    assert Run.open(again.path).experiment.evaluate.labels == 100
+    mirror.push_run(again.path, URL)
+    assert Remote(URL).sizes(f"runs/{first.name}/checkpoints").keys() == {
+        *(f"{step}/{name}" for step in (2, 4) for name in ("manifest.json", "state.pt")),
+        "best.json",
+    }
+
+
+def test_a_checkpoint_that_was_made_again_takes_the_place_of_its_copy(server: s3.Store, home: Path) -> None:
+    """Of the same length, as all of a run are, whether the copy was whole or not."""
+    run = fabricated.new_run(home)
+    fabricated.save(run, 100, 0.5)
+    for whole in (True, False):
+        mirror.push_run(run.path, URL)
+        if not whole:
+            Remote(URL).remove([f"runs/{run.name}/checkpoints/100/manifest.json"])
+        state = checkpoint.load(run.checkpoints / "100")
+        next(iter(state["generator"].values())).add_(1)
+        shutil.rmtree(run.checkpoints / "100")
+        writer = checkpoint.Writer(run)
+        writer.save(state, 0.5)
+        writer.close()
+        mirror.push_run(run.path, URL)
+        other = run.path.with_name(f"other-{whole}") / run.name
+        assert mirror.pull_run(other, URL)
+        assert content(other / "checkpoints" / "100") == content(run.checkpoints / "100")
+        storage.read_manifest(other / "checkpoints" / "100")
+
+
+def test_processes_that_want_the_same_store_copy_it_once(server: s3.Store, tmp_path: Path) -> None:
+    made = ingest(digits(tmp_path / "a").data, tmp_path / "a")
+    server.log.clear()
+    script = f"""
+        from pathlib import Path
+        from dcgan import mirror
+        assert mirror.pull_store(Path({str(tmp_path / "b")!r}), {URL!r}, {made!r}, 1)
+    """
+    processes = [subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)]) for _ in range(3)]
+    assert [process.wait() for process in processes] == [0, 0, 0]
+    assert content(tmp_path / "b" / "stores" / made) == content(tmp_path / "a" / "stores" / made)
+    Store.open(tmp_path / "b", made, verify=True)
 
 
 def test_a_remote_that_is_away_does_not_stop_training(server: s3.Store, tmp_path: Path) -> None:

@@ -28,9 +28,9 @@ def make_run(store, **model):
     return Run.create(validate(sections), store)
 
 
-def make_game(run, store):
+def make_game(run, store, train=None):
     nets = models.build(run.experiment.model, store.channels, len(store.classes), 28, 0)
-    return Game(*nets, run.experiment.train, Place(0, 1, torch.device("cpu")))
+    return Game(*nets, train or run.experiment.train, Place(0, 1, torch.device("cpu")))
 
 
 def play(game, steps=2):
@@ -66,6 +66,36 @@ def test_everything_comes_back(store):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)), name
 
 
+@pytest.mark.parametrize("formats", [("contiguous", "channels_last"), ("channels_last", "contiguous")])
+def test_moments_belong_to_the_same_weights_in_another_memory_format(store, formats):
+    """As after a move from a GPU to a CPU: fused Adam there takes numbers in the order in which they lie."""
+    run = make_run(store)
+    settings = [run.experiment.train.model_copy(update={"memory_format": name, "ema": 0.0}) for name in formats]
+    first, moved, stayed = (make_game(run, store, train) for train in (settings[0], settings[1], settings[0]))
+    torch.manual_seed(0)
+    play(first)
+    save(run, first, store, (2, 0.5))
+    for game in (moved, stayed):
+        checkpoint.restore(game, checkpoint.latest(run), run)
+        torch.manual_seed(1)
+        play(game, 1)
+    for ours, theirs in zip(moved.discriminator.parameters(), stayed.discriminator.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_what_a_device_asks_of_an_optimizer_is_not_taken_from_a_checkpoint(store):
+    run = make_run(store)
+    game = make_game(run, store)
+    play(game)
+    for optimizer in (game.g_optimizer, game.d_optimizer):
+        optimizer.param_groups[0]["capturable"] = True  # as on CUDA
+    save(run, game, store, (2, 0.5))
+    fresh = make_game(run, store)
+    checkpoint.restore(fresh, checkpoint.latest(run), run)
+    assert fresh.g_optimizer.param_groups[0]["capturable"] is False
+    play(fresh)
+
+
 def test_a_snapshot_does_not_change_while_training_goes_on(store):
     run = make_run(store)
     game = make_game(run, store)
@@ -83,6 +113,18 @@ def test_newest_and_best_are_kept_and_the_rest_removed(store):
     assert checkpoint.read_best(run) == {"step": 2, "metric": "swd", "value": 0.1}  # the first of equals
     assert checkpoint.best(run).name == "2"
     assert checkpoint.latest(run).name == "5"
+
+
+def test_a_checkpoint_that_a_kill_kept_from_being_named_best_is_found(store):
+    """Between the renaming and the pointer."""
+    run = make_run(store)
+    save(run, make_game(run, store), store, (1, 0.2), (2, 0.1))
+    pointer = run.checkpoints / "best.json"
+    pointer.unlink()
+    assert checkpoint.best(run).name == "2"
+    storage.write_json(pointer, {"step": 1, "metric": "swd", "value": 0.2})
+    assert checkpoint.best(run).name == "2"
+    assert checkpoint.read_best(run) == {"step": 2, "metric": "swd", "value": 0.1}
 
 
 def test_chosen_follows_the_experiment(store):

@@ -113,6 +113,8 @@ def test_of_a_run_only_compute_and_evaluate_can_be_changed(ran: SimpleNamespace,
     changed = cli.find(str(copy), ["evaluate.labels=100", "compute.max_failures=1"])
     assert (changed.experiment.evaluate.labels, changed.experiment.compute.max_failures) == (100, 1)
     assert Run.open(copy) == changed
+    for word in ("evaluate.images=mnist", "evaluate.images_source=/elsewhere"):
+        assert refusal("evaluate", str(copy), word).startswith(f"{word} asks for images to be ingested; give ")
     for word in ("train.steps=9", "model.width=8", "data.source=/elsewhere", "data.home=/elsewhere"):
         assert refusal("train", str(copy), word).startswith(f"{word} would make another run of {ran.run.name}")
     assert Run.open(copy) == changed
@@ -163,6 +165,11 @@ def test_a_run_in_use_is_named_in_one_line(home: Path, monkeypatch: pytest.Monke
     run = cli.find("digits", [*TINY, "train.seed=1"])
     with run.lock():
         assert refusal("train", str(run.path)).startswith(f"run {run.name} is being written by process ")
+        for target in (run.name, "digits"):  # other settings are not recorded under who trains it
+            own = [*TINY, "train.seed=1"] if target == "digits" else []
+            assert f"{run.name} is being written by" in refusal("evaluate", target, *own, "evaluate.labels=100")
+        assert cli.find("digits", [*TINY, "train.seed=1"]) == run
+    assert Run.open(run.path) == run
 
 
 @pytest.mark.parametrize(

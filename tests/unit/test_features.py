@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dcgan import checkpoint, features, models, train
+from dcgan import checkpoint, features, models, storage, train
 from dcgan.config import Model, validate
 from dcgan.data.batches import normalise
 from dcgan.run import Run
@@ -45,21 +45,24 @@ def test_layers_are_max_pooled_to_4x4_flattened_and_concatenated():
     assert got.shape == (2, 16 * sum(d.channels))
 
 
-def test_calibration_is_the_mean_over_batches_of_real_images(trained, monkeypatch):
-    monkeypatch.setattr(features, "BATCH", 20)
+@pytest.mark.parametrize("batch", [20, 25])
+def test_calibration_is_the_mean_over_batches_of_real_images(trained, monkeypatch, batch):
+    """Each batch counts as many times as it has images."""
+    monkeypatch.setattr(features, "BATCH", batch)
     store = trained.store()
     _, d = models.build(Model(kernel=4, width=2), 1, 0, 28, seed=0)
     d(torch.randn(4, 1, 28, 28) + 5)  # statistics that must vanish
     features.calibrate(d, store, torch.device("cpu"))
     order = features.batches.permutation(store.count("train"), 0, 0)
-    means, variances = [], []
-    for start in range(0, 60, 20):
-        images = normalise(torch.from_numpy(np.array(store.images("train")[order[start : start + 20]])))
+    means, variances, sizes = [], [], []
+    for start in range(0, 60, batch):
+        images = normalise(torch.from_numpy(np.array(store.images("train")[order[start : start + batch]])))
+        sizes.append(len(images))
         maps = d.convs[1](torch.nn.functional.leaky_relu(d.convs[0](images), 0.2)).detach().double().numpy()
         means.append(maps.mean((0, 2, 3)))
         variances.append(maps.var((0, 2, 3), ddof=1))
-    np.testing.assert_allclose(d.norms[0].running_mean, np.mean(means, 0), atol=1e-6)
-    np.testing.assert_allclose(d.norms[0].running_var, np.mean(variances, 0), rtol=1e-4)
+    np.testing.assert_allclose(d.norms[0].running_mean, np.average(means, 0, sizes), atol=1e-6)
+    np.testing.assert_allclose(d.norms[0].running_var, np.average(variances, 0, sizes), rtol=1e-4)
     assert not d.training
     assert d.norms[0].momentum == 0.1
 
@@ -67,7 +70,7 @@ def test_calibration_is_the_mean_over_batches_of_real_images(trained, monkeypatc
 def test_banks_hold_every_image_in_order_and_both_sources(trained):
     store = trained.store()
     banks = {f"{source}-{trained.scored}" for source in ("discriminator-4", "random_init-0")}
-    assert {p.name for p in trained.features.iterdir()} == banks
+    assert {p.name for p in trained.features.iterdir() if p.is_dir()} == banks
     extractor = features.load_extractor(trained.path / "export" / "discriminator.safetensors")
     with torch.no_grad():
         expected = extractor(normalise(torch.from_numpy(np.array(store.images("test"))))).numpy()
@@ -101,6 +104,16 @@ def test_who_does_the_parts_and_in_which_order_changes_nothing(trained, monkeypa
         for directory in kept:
             shutil.rmtree(directory, ignore_errors=True)
             shutil.move(tmp_path / directory.name, directory)
+
+
+def test_who_extracts_at_the_same_time_is_refused(trained):
+    def maker(function, jobs):
+        with pytest.raises(storage.BusyError, match=f"features of run {trained.name} is being written by process"):
+            features.extract(trained)
+        return map(function, jobs)
+
+    shutil.rmtree(trained.features)
+    features.extract(trained, maker)
 
 
 def test_extraction_is_not_repeated_but_follows_the_chosen_checkpoint(trained):

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from dcgan import memory
+
 PROGRAM = """
 import resource, threading, torch
 from dcgan import memory
@@ -37,9 +39,32 @@ def test_freed_memory_is_kept(thread):
     assert faults("memory.keep()", thread) < 10_000
 
 
-def test_another_c_library_is_left_alone(monkeypatch):
-    from dcgan import memory
+class OlderLibrary:
+    """Refuses a threshold of more than half a heap, as glibc did once."""
 
+    def __init__(self, most):
+        self.most, self.kept = most, {}
+
+    def mallopt(self, parameter, value):
+        if parameter == memory.M_MMAP_THRESHOLD and value > self.most:
+            return 0
+        self.kept[parameter] = value
+        return 1
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is another than glibc")
+def test_an_older_library_keeps_what_it_can(monkeypatch, caplog):
+    library = OlderLibrary(2**25)
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: library)
+    memory.keep()
+    assert library.kept == {memory.M_TRIM_THRESHOLD: 2**30, memory.M_TOP_PAD: 2**30, memory.M_MMAP_THRESHOLD: 2**25}
+    assert not caplog.text
+    library.most = 0
+    memory.keep()
+    assert "does not keep freed memory: mallopt refused 1073741824 for -3" in caplog.text
+
+
+def test_another_c_library_is_left_alone(monkeypatch):
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
     monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: pytest.fail("asked for the C library"))
     memory.keep()

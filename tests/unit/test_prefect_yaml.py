@@ -8,10 +8,12 @@ import pytest
 import yaml
 from prefect import Flow
 from prefect.cli.deploy._models import ConcurrencyLimitSpec, DeploymentConfig, PrefectYamlModel, WorkPoolConfig
+from prefect.client.schemas.actions import ArtifactCreate
 from prefect.exceptions import ParameterTypeError
 from pydantic import BaseModel
 
 from dcgan import config, reproduce
+from flows import tasks
 
 ROOT = Path(__file__).parents[2]
 DEFINED = yaml.safe_load((ROOT / "prefect.yaml").read_text())
@@ -29,6 +31,11 @@ def flow_of(deployment: dict[str, Any]) -> Flow[..., Any]:
 
 def unknown(given: dict[str, Any], model: type[BaseModel]) -> set[str]:
     return set(given) - {field.alias or name for name, field in model.model_fields.items()}
+
+
+@pytest.mark.parametrize("name", [*config.PRESETS, *reproduce.TABLES])
+def test_what_a_flow_shows_has_a_key_that_prefect_takes(name: str) -> None:
+    assert ArtifactCreate(key=tasks.artifact_key("train-eval", name)).key.startswith("train-eval-")
 
 
 def test_every_key_is_one_that_prefect_reads() -> None:

@@ -1,4 +1,4 @@
-"""Labelled images from a generator: balanced, the same however many are drawn, and refused where there is no label."""
+"""Images from a generator: of each class in turn or of none, the same ones however many are drawn."""
 
 from itertools import islice
 
@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from dcgan import models, sampling
 from dcgan.config import Model
 from dcgan.data import batches
+from dcgan.pictures import to_uint8
 from dcgan.sampling import CHUNK, sampled
 
 MODEL = Model(kernel=4, width=2, z_dim=3, conditional=True, hidden=4, affine=False)
@@ -81,9 +82,16 @@ def test_ten_million_images_are_drawn_one_chunk_at_a_time():
     assert [len(images) for images, _ in islice(stream, 2)] == [CHUNK, CHUNK]
 
 
-def test_refusals_come_with_the_call():
+def test_a_generator_without_labels_draws_images_of_no_class():
     plain = Model(kernel=4, width=2, z_dim=3)
-    with pytest.raises(ValueError, match=r"need model\.conditional=true: this generator takes no labels"):
-        sampled(generator(plain), plain, 3, 5, 0, HERE)
+    net = generator(plain)
+    images, labels = zip(*sampled(net, plain, 0, CHUNK + 3, 0, HERE), strict=True)
+    assert [len(part) for part in images] == [CHUNK, 3]
+    assert set(np.concatenate(labels)) == {-1}
+    z = torch.from_numpy(batches.noise(plain.z, (CHUNK, 3), 0, sampling.FIRST))
+    np.testing.assert_array_equal(images[0], to_uint8(sampling.draw(net, z, None).numpy()))
+
+
+def test_refusals_come_with_the_call():
     with pytest.raises(ValueError, match="count=0: at least 1 image is drawn"):
         sampled(generator(), MODEL, 3, 0, 0, HERE)

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shlex
+import socket
 import subprocess
 import sys
 import time
@@ -78,6 +79,15 @@ def test_training_goes_on_beside_a_server_that_never_was(
     ]
     with pytest.raises(tracking.TrackingError, match="can't be reached"):
         tracking.sync(run)
+
+
+def test_a_database_that_cannot_be_used_is_a_tracking_error(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:  # answers, and its driver is missing
+        address = f"postgresql://someone:secret@127.0.0.1:{listening.getsockname()[1]}/mlflow"
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        with pytest.raises(tracking.TrackingError, match=r"MLflow can't use postgresql://.*psycopg2") as raised:
+            tracking.sync(run)
+    assert "secret" not in str(raised.value)
 
 
 def test_an_exception_in_training_passes_through_follow(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

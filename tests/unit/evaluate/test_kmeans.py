@@ -88,6 +88,14 @@ def test_an_empty_cluster_takes_the_furthest_sample():
     assert len(np.unique(lloyd(x, far, lengths(x)).labels)) == 3
 
 
+def test_a_cluster_whose_samples_all_go_to_empty_ones_stays_where_it_is():
+    data = np.array([[0, 0], [0, 1], [1, 0], [40, 50], [60, 50]], np.float32)
+    x = Samples.of(data)
+    found = lloyd(x, torch.tensor([[[0.3, 0.3], [50, 50], [1000, 1000], [2000, 2000]]]), lengths(x))
+    assert found.inertia == pytest.approx(inertia(data, found.labels))
+    assert len(np.unique(found.labels)) >= 3
+
+
 def test_equal_samples_are_one_cluster_at_no_distance():
     found = kmeans(Samples.of(np.ones((20, 4), np.float32)), 3, 2, 0)
     assert found.inertia == 0

@@ -13,6 +13,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 from torchvision.datasets import CIFAR10
 
+from dcgan.config import Evaluate
 from dcgan.evaluate import patch_kmeans
 from dcgan.evaluate.patch_kmeans import PatchKMeans, cluster, score, standardise, whitener
 from dcgan.evaluate.svm import L2SVM
@@ -229,10 +230,11 @@ def stripes(count=240, noise=60, seed=0):
     return images.clip(0, 255).astype(np.uint8), labels
 
 
-def scored(noise=60, labels_per_class=10, draws=3, **changed):
+def scored(noise=60, labels_per_class=10, draws=3, c_grid=(1e-4, 1e-3), **changed):
     arrays = {**dict(zip(("train_images", "train_y"), stripes(noise=noise), strict=True))}
     arrays |= dict(zip(("test_images", "test_y"), stripes(90, noise, seed=1), strict=True))
-    return score(**(arrays | changed), centroids=12, labels_per_class=labels_per_class, draws=draws, seed=0)
+    chosen = Evaluate(labels_per_class=labels_per_class, draws=draws, c_grid=c_grid)
+    return score(**(arrays | changed), settings=chosen, centroids=12)
 
 
 def test_score_is_the_accuracy_of_the_published_classifier(monkeypatch):
@@ -263,7 +265,9 @@ def test_easy_classes_score_one_and_random_labels_score_chance():
         "patch_kmeans/accuracy": 1.0,
         "patch_kmeans/few_labels_accuracy": 1.0,
         "patch_kmeans/few_labels_accuracy_std": 0.0,
+        "patch_kmeans/few_labels_c": 1e-4,
     }
+    assert scored(noise=10, c_grid=(1e-2,))["patch_kmeans/few_labels_c"] == 1e-2
     mixed = scored(train_y=np.random.default_rng(0).permutation(240) % 3)
     assert max(mixed["patch_kmeans/accuracy"], mixed["patch_kmeans/few_labels_accuracy"]) < 0.6
     assert mixed["patch_kmeans/few_labels_accuracy_std"] > 0
@@ -291,7 +295,7 @@ def test_beats_raw_pixels_on_real_images(monkeypatch, real_data):
     data = CIFAR10(real_data, train=False)
     images, labels = data.data.transpose(0, 3, 1, 2)[:3000], np.array(data.targets)[:3000]
     arrays = images[:2000], labels[:2000], images[2000:], labels[2000:]
-    found = score(*arrays, centroids=50, labels_per_class=20, draws=2, seed=0)
+    found = score(*arrays, Evaluate(labels_per_class=20, draws=2), 50)
     train_x, test_x = (part.reshape(-1, 3072).astype(np.float32) for part in arrays[::2])
     standardise(train_x, test_x)
     pixels = L2SVM(C=1e-4).fit(train_x, arrays[1]).predict(test_x)

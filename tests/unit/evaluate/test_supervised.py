@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from dcgan.config import Model, digest
 from dcgan.evaluate import supervised
+from dcgan.evaluate.samples import NotConvergedError
 from dcgan.evaluate.supervised import Hyperparameters, classifier, sample, score, train_classifier
 from dcgan.models import Discriminator, initialise
 
@@ -239,7 +240,7 @@ def test_a_trial_that_diverges_does_not_stop_the_search_but_one_has_to_learn(tmp
     found = search(tmp_path)
     assert (found["supervised/trial"], found["supervised/failed"]) == (2, 2)
     monkeypatch.setattr(supervised, "sample", diverging(3))
-    with pytest.raises(RuntimeError, match="none of 3 trials has learned"):
+    with pytest.raises(NotConvergedError, match="none of 3 trials has learned"):
         search(tmp_path)
 
 

@@ -8,7 +8,7 @@ from sklearn.svm import LinearSVC
 from sklearn.utils.estimator_checks import check_estimator
 
 from dcgan.config import Evaluate
-from dcgan.evaluate.samples import Samples
+from dcgan.evaluate.samples import NotConvergedError, Samples
 from dcgan.evaluate.svm import L2SVM, fit_all, score, score_few_labels
 
 
@@ -155,7 +155,7 @@ def test_refuses_one_class_and_a_tolerance_that_float32_can_not_reach():
     x, y = digits()
     with pytest.raises(ValueError, match="one class only, 3"):
         L2SVM().fit(x, np.full(len(x), 3))
-    with pytest.raises(RuntimeError, match=r"L2-SVM \d with C=1 is within .* of its minimum, not 1e-30"):
+    with pytest.raises(NotConvergedError, match=r"L2-SVM \d with C=1 is within .* of its minimum, not 1e-30"):
         L2SVM(C=1, tol=1e-30).fit(x[:100, :5], y[:100])
 
 

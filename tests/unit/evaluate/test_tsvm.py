@@ -15,7 +15,7 @@ from sklearn.svm import LinearSVC
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from dcgan.evaluate import samples, tsvm
-from dcgan.evaluate.samples import Samples
+from dcgan.evaluate.samples import NotConvergedError, Samples
 from dcgan.evaluate.tsvm import ANNEALED, TRIED, TSVM, anneal, score
 
 
@@ -289,7 +289,7 @@ def test_a_tolerance_that_is_not_reached_is_an_error(monkeypatch):
     monkeypatch.setattr(tsvm, "ITERATIONS", 1)
     x, partly, _ = blobs(spread=3.0)
     with pytest.raises(
-        RuntimeError, match=r"TSVM with C=1 and unlabelled=0 has not come within tol=1e-06 after 1 step"
+        NotConvergedError, match=r"TSVM with C=1 and unlabelled=0 has not come within tol=1e-06 after 1 step"
     ):
         TSVM().fit(x, partly)
 

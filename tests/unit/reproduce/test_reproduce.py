@@ -4,16 +4,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from mlflow import MlflowClient
 from sklearn.neighbors import KNeighborsClassifier
 
-from dcgan import checkpoint, config, reproduce, sampling, stages
-from dcgan.reproduce import TABLES, measure, mnist, page, record
+from dcgan import checkpoint, config, reproduce, sampling, stages, tracking, tracking_rows
+from dcgan.evaluate.samples import NotConvergedError
+from dcgan.reproduce import TABLES, image_quality, measure, mnist, page, record
 from dcgan.reproduce.rows import Column, Figure, Measured, Row, Setting, Table, check, features, home, merged
-from dcgan.run import Run
 
 SMALL = ("digits/train.steps=4", "digits/train.checkpoint_every=2", "digits/train.batch_size=32", "compute.workers=0")
 MODEL = ("digits/model.width=4", "digits/evaluate.labels=200", "digits/evaluate.labels_per_class=5")
@@ -23,11 +25,17 @@ def counted(setting: Setting) -> Measured:
     """How often it was called with which seed is left in its directory."""
     setting.directory.mkdir(parents=True, exist_ok=True)
     (setting.directory / f"call-{len(list(setting.directory.iterdir()))}").touch()
-    return Measured({"a": Figure(0.5 + setting.seed / 10)}, f"seed {setting.seed}", {"chance": {"a": Figure(0.1)}})
+    return Measured(
+        {"a": Figure(0.5 + setting.seed / 10)}, f"seed {setting.seed}", {"chance, 1 in 1,000": {"a": Figure(0.1)}}
+    )
 
 
 def without_data(setting: Setting) -> Measured:
     raise FileNotFoundError(f"no photographs below {home(setting.overrides)}/x: give data.source")
+
+
+def unstandardised(setting: Setting) -> Measured:
+    raise NotConvergedError("L2-SVM 3 with C=1 has not come to its minimum: lower C")
 
 
 def broken(setting: Setting) -> Measured:
@@ -39,12 +47,20 @@ def trained(setting: Setting) -> Measured:
     return merged(features(run, "svm", {"a": "svm/accuracy"}), features(run, "knn", {"b": "knn/accuracy"}))
 
 
+class Digits(Setting):
+    """scikit-learn's digits in the place of any data set."""
+
+    def experiment(self, preset: config.DataSet, *words: str) -> config.Experiment:
+        return super().experiment("digits", *words)
+
+
 TABLE = Table(
     "Tiny",
     (Column("a", "accuracy, %", percent=True), Column("b", "error", better="lower")),
     (
         Row("counted", "counted", {"a": Figure(0.25, 0.01)}, "Someone, 2015", counted),
         Row("absent", "absent", {}, "", without_data),
+        Row("unstandardised", "unstandardised", {}, "", unstandardised),
         Row("broken", "broken", {}, "", broken),
         Row("quoted", "quoted", {"a": Figure(0.75)}, "Someone, 2015", "not measured: another model"),
         Row("trained", "trained", {}, "", trained),
@@ -73,6 +89,24 @@ def test_a_row_is_measured_once_for_each_seed_and_its_spread_is_over_seeds(tiny:
     assert found["date"]
 
 
+def test_a_row_is_a_run_in_mlflow(tiny: tuple[str, ...]) -> None:
+    measure.one("tiny", "counted", tiny, seeds=1)
+    client = MlflowClient(tracking.uri(home(tiny)))
+    experiment = client.get_experiment_by_name("reproduce-tiny")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics == {"measured/a": 0.5, "published/a": 0.25, "chance_1_in_1_000/a": 0.1}
+
+
+def test_a_row_that_mlflow_refuses_has_failed_there(tiny: tuple[str, ...]) -> None:
+    home(tiny).mkdir()
+    with pytest.raises(tracking.TrackingError, match="a,b"):
+        tracking_rows.log(home(tiny), "some", "row", {"a,b": 1.0}, {}, "")
+    client = MlflowClient(tracking.uri(home(tiny)))
+    (run,) = client.search_runs([client.get_experiment_by_name("some").experiment_id])
+    assert run.info.status == "FAILED"
+
+
 def test_other_settings_are_measured_anew(tiny: tuple[str, ...]) -> None:
     measure.one("tiny", "counted", tiny, seeds=1)
     measure.one("tiny", "counted", (*tiny, "train.steps=7"), seeds=1)
@@ -86,11 +120,14 @@ def test_one_measurement_keeps_its_own_spread() -> None:
 
 def test_what_cannot_be_measured_says_why_without_the_home_and_stops_no_other(tiny: tuple[str, ...]) -> None:
     said: list[str] = []
-    file = measure.reproduce("tiny", ["absent", "counted"], tiny, say=said.append)
+    file = measure.reproduce("tiny", ["absent", "unstandardised", "counted"], tiny, say=said.append)
     found = record.read(file.parent, "tiny")
     assert found["absent"]["reason"] == "not measured: no photographs below HOME/x: give data.source"
     assert found["counted"]["figures"]["a"][0] == 0.5
-    assert said == ["tiny: counted", "  accuracy, % 50.00", "tiny: absent", f"  {found['absent']['reason']}"]
+    assert found["unstandardised"]["reason"] == ("not measured: L2-SVM 3 with C=1 has not come to its minimum: lower C")
+    rows = ["counted", "absent", "unstandardised"]
+    assert [line.removeprefix("tiny: ") for line in said[::2]] == rows
+    assert said[1::2] == ["  accuracy, % 50.00", *(f"  {found[row]['reason']}" for row in rows[1:])]
 
 
 def test_a_bug_is_no_reason(tiny: tuple[str, ...]) -> None:
@@ -116,6 +153,8 @@ def test_what_is_kept_is_read_back(tiny: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     ("names", "overrides", "match"),
     [
+        ([], ("train.seed=7",), r"train.seed=7: .* seeds 0 to N - 1 of --seeds N"),
+        ([], ("digits/evaluate.seed=7",), r"digits/evaluate.seed=7: .* --seeds N"),
         (["contrived"], (), "no row 'contrived', did you mean counted"),
         (["quoted"], (), "quoted: not measured: another model"),
         ([], ("train.step=1",), "unknown key 'train.step', did you mean train.steps"),
@@ -152,8 +191,8 @@ def test_a_trained_row_has_controls_choices_and_the_rule_by_which_its_checkpoint
     assert set(found["controls"]) == {"random init", "raw pixels"}
     assert set(found["figures"]) == set(found["controls"]["raw pixels"]) == {"a", "b"}
     assert "lowest sliced Wasserstein distance" in found["choices"]["checkpoint"]
-    assert found["choices"]["discriminator c"] > 0
-    assert found["choices"]["raw_pixels neighbours"] >= 1
+    assert found["choices"]["discriminator svm/c"] > 0
+    assert found["choices"]["raw_pixels knn/neighbours"] >= 1
     assert "trained 4 steps of 32" in found["scale"]
     assert "200 labels" in found["scale"]
     (name,) = found["runs"]
@@ -163,12 +202,6 @@ def test_a_trained_row_has_controls_choices_and_the_rule_by_which_its_checkpoint
 def test_generated_digits_are_neighbours_in_any_number_of_the_same_nets(
     tiny: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Digits(Setting):
-        """scikit-learn's digits in the place of MNIST's."""
-
-        def trained(self, preset: config.DataSet, *words: str) -> Run:
-            return super().trained("digits", *words)
-
     monkeypatch.setattr(mnist, "FEWER", (20, 40, 60))
     setting = Digits((*tiny, *SMALL, "digits/model.width=4", "digits/model.hidden=8"), 0, home(tiny) / "row")
     found = mnist._drawn(60, setting)
@@ -188,6 +221,36 @@ def test_generated_digits_are_neighbours_in_any_number_of_the_same_nets(
     assert found.scale.endswith("; 60 digits drawn")
     assert found.choices == {"checkpoint": "step 4, the newest checkpoint"}
     assert found.runs == (run.name,)
+
+
+@pytest.mark.parametrize("conditional", [False, True])
+def test_image_quality_is_that_of_images_drawn_with_or_without_labels(
+    tiny: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, conditional: bool
+) -> None:
+    """The scores themselves, which need weights of 90 MB, are tested in test_image_quality.py."""
+    compared: list[np.ndarray] = []
+
+    def score(drawn: np.ndarray, reference: np.ndarray, *_: Any) -> dict[str, float]:
+        compared.extend((drawn, reference))
+        return {f"image_quality/{column.key}": 1.0 for column in image_quality.TABLE.columns}
+
+    monkeypatch.setattr(image_quality, "COUNT", 1030)
+    monkeypatch.setattr(image_quality.image_quality, "load", lambda *_: None)
+    monkeypatch.setattr(image_quality, "_calibration", lambda *_: {"inception_score": 11.2})
+    monkeypatch.setattr(image_quality.image_quality, "score", score)
+    words = (*tiny, *SMALL, "digits/model.width=4", f"evaluate.inception={tmp_path / 'weights'}")
+    (row,) = measure.choose("image_quality", ["conditional" if conditional else "unconditional"])
+    setting = Digits(words, 0, home(tiny) / "row")
+    assert callable(row.measure)
+    found = row.measure(setting)
+
+    (run,) = setting.runs.values()
+    assert run.experiment.model.conditional is conditional
+    drawn, reference = compared
+    assert drawn.shape == (1030, *reference.shape[1:])
+    assert drawn.dtype == np.uint8
+    assert found.figures["fid"].value == 1.0
+    assert "1,030 images drawn" in found.scale
 
 
 def test_the_page_shows_published_measured_controls_and_reasons(tiny: tuple[str, ...], tmp_path: Path) -> None:
