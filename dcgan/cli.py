@@ -282,7 +282,7 @@ def _at_least(least: int) -> Callable[[str], int]:
 
 
 def _presets() -> str:
-    return "\n".join(["presets:", *(f"  {preset:10}{config.summary(preset)}" for preset in PRESETS)])
+    return "\n".join(["presets:", *(f"  {preset:16}{config.summary(preset)}" for preset in PRESETS)])
 
 
 def _keys() -> str:

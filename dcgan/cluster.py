@@ -71,6 +71,8 @@ def scatter(
     again. concurrency: processes at most; None: every processor of the machine or the cluster. device: as
     `compute.device`, whether each has a GPU. Raises what `function` raised; other jobs are stopped then.
     """
+    if not jobs:
+        return
     with session(home, 1):
         import ray
         from ray.data import ActorPoolStrategy, DataContext

@@ -141,6 +141,8 @@ def _trainer(function: Callable[..., None], arguments: tuple, compute: Compute, 
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cpus = _share([int(node.get("CPU", 0)) for node in nodes], compute.workers)
+    if (free := ray.available_resources().get("CPU", 0)) < cpus * compute.workers and not started_here.is_set():
+        log.warning("Ray has %d CPUs free of the %d wanted; training waits for them", free, cpus * compute.workers)
     return Trainer(
         _work,
         train_loop_config={"function": function, "arguments": arguments, "threads": cpus},

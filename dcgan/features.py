@@ -132,10 +132,8 @@ def _extract(run: Run, maker: Maker) -> None:
     for source, (net, step) in wanted.items():
         bank = bank_of(run, source, step)
         if not (bank / storage.MANIFEST).is_file():
-            _write_bank(run, bank, net, {"source": source, "step": step}, maker)
-            if source == "discriminator":
-                _export(run.path / "export" / GENERATOR, generator, run, store)
-                _export(run.path / "export" / DISCRIMINATOR, net, run, store)
+            exported = generator if source == "discriminator" else None
+            _write_bank(run, bank, net, {"source": source, "step": step}, maker, exported)
     for other in run.features.iterdir():
         if other.is_dir() and other not in {bank_of(run, source, step) for source, (_, step) in wanted.items()}:
             shutil.rmtree(other)
@@ -155,7 +153,10 @@ def _untrained(run: Run, store: Store) -> tuple[Generator, Discriminator, None]:
     return *nets, None
 
 
-def _write_bank(run: Run, bank: Path, net: Discriminator, metadata: dict, maker: Maker) -> None:
+def _write_bank(
+    run: Run, bank: Path, net: Discriminator, metadata: dict, maker: Maker, exported: Generator | None
+) -> None:
+    """exported: what to export with the net, before the bank is there; None: nothing."""
     store, scored = run.store(), run.scored_store()
     with storage.staging(bank.parent) as staged:
         weights = staged / DISCRIMINATOR
@@ -167,6 +168,9 @@ def _write_bank(run: Run, bank: Path, net: Discriminator, metadata: dict, maker:
         jobs = [(split, part) for split in scored.scored for part in range(-(-scored.count(split) // PART))]
         for _ in maker(partial(_extract_part, str(run.path), str(weights)), jobs):
             pass
+        if exported is not None:
+            _export(run.path / "export" / GENERATOR, exported, run, store)
+            _export(run.path / "export" / DISCRIMINATOR, net, run, store)
         storage.seal(staged, metadata | {"fingerprint": scored.fingerprint})
         storage.publish(staged, bank)
 
@@ -212,9 +216,11 @@ def _device(run: Run) -> torch.device:
 def read_bank(run: Run, source: str, step: int, split: str) -> np.ndarray:
     """All layers of a bank side by side, float16 (N, F). source: discriminator or random_init (step 0).
 
-    Raises CorruptError if the bank is absent or damaged.
+    Raises FileNotFoundError if the bank is absent, CorruptError if it is damaged.
     """
     bank = bank_of(run, source, step)
+    if not bank.is_dir():
+        raise FileNotFoundError(f"run {run.name} has no features of step {step}: `dcgan extract {run.name}` makes them")
     files = storage.read_manifest(bank, hashes=False)["files"]
     found = [match for match in map(re.compile(rf"{re.escape(split)}-(\d+)-(\d+)\.npy").fullmatch, files) if match]
     parts: dict[int, dict[int, np.ndarray]] = {}

@@ -42,10 +42,10 @@ def failures(address: str) -> Iterator[None]:
 
 
 def _line(error: Exception) -> str:
-    """The first line, or just the system's own words, which requests wraps four deep."""
+    """The first line without passwords, or just the system's own words, which requests wraps four deep."""
     text = (str(error).splitlines() or [type(error).__name__])[0]
     own = re.search(r"\[Errno -?\d+\] [\w ]+|Read timed out", text)
-    return own[0] if own else text
+    return own[0] if own else re.sub(r"//[^/@\s]+@", "//", text)
 
 
 def connect(home: Path) -> MlflowClient:

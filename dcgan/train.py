@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from dcgan import checkpoint, distributed, memory, models, storage
+from dcgan.config import is_for_users
 from dcgan.data.batches import Batches
 from dcgan.data.store import Store
 from dcgan.distributed import Place
@@ -158,4 +159,9 @@ if __name__ == "__main__":
     if len(sys.argv) != 2:
         raise SystemExit(__doc__)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    train(Run.open(Path(sys.argv[1])))
+    try:
+        train(Run.open(Path(sys.argv[1])))
+    except (ValueError, OSError, RuntimeError) as error:
+        if not is_for_users(error):
+            raise
+        sys.exit(f"error: {error}")

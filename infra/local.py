@@ -4,7 +4,8 @@
     python infra/local.py up     both servers and a worker, in the background, and everything of prefect.yaml deployed
     python infra/local.py down   stop what is running
 
-DCGAN_HOME (./var), PREFECT_PORT (4200) and MLFLOW_PORT (5000) may be set. README.md beside this file says more.
+DCGAN_HOME (./var), PREFECT_PORT (4200) and MLFLOW_PORT (5000) may be set; a server that runs is found where it was
+started. README.md beside this file says more.
 """
 
 import contextlib
@@ -28,10 +29,35 @@ BIN = Path(sys.executable).parent
 HOME = Path(os.environ.get("DCGAN_HOME") or ROOT / "var").absolute()
 SERVICES = HOME / "services"
 POOL = "local"  # as in prefect.yaml
-PREFECT = f"http://127.0.0.1:{os.environ.get('PREFECT_PORT') or 4200}"
-MLFLOW = f"http://127.0.0.1:{os.environ.get('MLFLOW_PORT') or 5000}"
 START_SECONDS = 240  # MLflow creates its database in 10 s on a quiet machine, in a minute on a loaded one
 STOP_SECONDS = 60  # Prefect gives a flow run 30 to end in, and looks every 10 for what is to be cancelled
+
+
+def _born(pid: int) -> str | None:
+    """When a process was started, in clock ticks since boot; None if it is gone or a zombie. See proc(5)."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if fields[0] == "Z" else fields[19]
+
+
+def _recorded(name: str) -> tuple[int, str] | None:
+    """A service's pid and port (empty if it has none), if it runs: it, not another that has got its number since."""
+    file = SERVICES / f"{name}.pid"
+    if not file.is_file():
+        return None
+    pid, born, *port = file.read_text().split()
+    return (int(pid), "".join(port)) if _born(int(pid)) == born else None
+
+
+def _address(name: str, port: str) -> str:
+    """Where a server runs, or else is to be started."""
+    recorded = _recorded(name)
+    return f"http://127.0.0.1:{recorded[1] if recorded else os.environ.get(f'{name.upper()}_PORT') or port}"
+
+
+PREFECT, MLFLOW = _address("prefect", "4200"), _address("mlflow", "5000")
 ENVIRONMENT = {
     "DCGAN_HOME": str(HOME),
     "PREFECT_HOME": str(HOME / "prefect"),
@@ -68,18 +94,20 @@ class Service:
         return SERVICES / f"{self.name}.pid"
 
     def pid(self) -> int | None:
-        """The process, if it runs: the same one, not another that has got its number since."""
-        if not self.pid_file.is_file():
-            return None
-        pid, born = self.pid_file.read_text().split()
-        return int(pid) if _born(int(pid)) == born else None
+        """The process, if it runs."""
+        recorded = _recorded(self.name)
+        return recorded[0] if recorded else None
 
     def start(self) -> None:
-        """Start it unless it runs. Exits if another program has its port."""
+        """Start it unless it runs. Exits if another program has its port, or it runs at another than is wanted."""
+        port = urlsplit(self.address).port
         if self.pid() is not None:
+            wanted = os.environ.get(f"{self.name.upper()}_PORT") or str(port)
+            if port is not None and wanted != str(port):
+                fail(f"{self.name} runs at port {port}, not {wanted}: make down stops it")
             return
-        if self.address:
-            self._claim(urlsplit(self.address).port or 80)
+        if port is not None:
+            self._claim(port)
         for directory in (SERVICES, HOME / "prefect"):  # Prefect makes its own only where the parent exists
             directory.mkdir(parents=True, exist_ok=True)
         with self.log.open("wb") as log:
@@ -92,7 +120,7 @@ class Service:
                 env={**os.environ, **ENVIRONMENT},
                 start_new_session=True,
             )
-        self.pid_file.write_text(f"{process.pid} {_born(process.pid)}")
+        self.pid_file.write_text(f"{process.pid} {_born(process.pid)} {port or ''}".rstrip())
 
     def _claim(self, port: int) -> None:
         with socket.socket() as probe:
@@ -126,15 +154,6 @@ class Service:
         return True
 
 
-def _born(pid: int) -> str | None:
-    """When a process was started, in clock ticks since boot; None if it is gone or a zombie. See proc(5)."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return None if fields[0] == "Z" else fields[19]
-
-
 def _answers(address: str) -> bool:
     try:
         with urllib.request.urlopen(address, timeout=2) as response:
@@ -162,7 +181,11 @@ SERVERS = (
     ),
 )
 WORKER = Service(
-    "worker", ("prefect", "worker", "start", "--type", "process", "--pool", POOL, "--name", POOL), words="started!"
+    "worker",
+    # One flow run at a time, of whichever deployment: two of the same settings would write the same directory, and the
+    # machine has one GPU or none.
+    ("prefect", "worker", "start", "--type", "process", "--pool", POOL, "--name", POOL, "--limit", "1"),
+    words="started!",
 )
 
 
@@ -184,7 +207,10 @@ def up() -> None:
 def down() -> None:
     """Cancel what the worker runs, lest it count as running for ever; then stop the worker and the servers."""
     if all(service.pid() for service in (WORKER, *SERVERS)):
-        _cancel_flow_runs()
+        try:
+            _cancel_flow_runs()
+        except OSError as error:
+            say(f"flow runs could not be cancelled: {error}")
     for service in (WORKER, *reversed(SERVERS)):
         if service.stop():
             say(f"stopped {service.name}")

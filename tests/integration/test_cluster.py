@@ -207,6 +207,11 @@ def test_two_workers_on_two_nodes_train_what_they_train_on_one(home: Path, tmp_p
     assert [line["step"] for line in ours] == [1, 2, 3, 4]
 
 
+def test_no_job_starts_nothing(tmp_path: Path) -> None:
+    assert list(cluster.scatter(str, [], tmp_path / "none")) == []
+    assert not (tmp_path / "none").exists()
+
+
 def test_features_of_several_processes_are_those_of_one(ray_home: Path, home: Path) -> None:
     run = fabricated.new_run(home, ["model.width=2"])
     fabricated.save(run, 600)

@@ -186,7 +186,15 @@ def test_up_again_starts_nothing_twice_and_down_leaves_nothing(stack: Stack) -> 
     assert stack.local("up").returncode == 0
     assert {path.name: path.read_text() for path in (stack.home / "services").glob("*.pid")} == pids
 
-    assert stack.local("down").returncode == 0
+    # Whoever forgets the ports means the servers that run, not those of others at the usual ports.
+    elsewhere = Stack(stack.home, {**stack.environment, "PREFECT_PORT": free_port()})
+    refused = elsewhere.local("up")
+    assert refused.returncode == 1
+    assert refused.stderr.startswith(f"error: prefect runs at port {stack.environment['PREFECT_PORT']}, not ")
+    ports = {"PREFECT_PORT", "MLFLOW_PORT"}
+    forgotten = Stack(stack.home, {name: value for name, value in stack.environment.items() if name not in ports})
+    assert forgotten.local("up").returncode == 0
+    assert forgotten.local("down").returncode == 0
     assert stack.processes() == []
     assert list((stack.home / "services").glob("*.pid")) == []
 

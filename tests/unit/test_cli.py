@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import re
 import shutil
 import struct
 from collections.abc import Iterator
@@ -182,6 +183,8 @@ def test_a_run_in_use_is_named_in_one_line(home: Path, monkeypatch: pytest.Monke
         ("train digits train.batch_size=100000", "train.batch_size=100000 exceeds the "),
         ("ingest folder", "data.name=folder needs data.source=DIRECTORY"),
         ("ingest folder data.source=/nowhere/at/all", "/nowhere/at/all"),
+        ("ingest mnist data.source=https://me:secret@host/mnist", "should have no user, password or query"),
+        ("ingest mnist data.source=https://host/mnist?sig=secret", "should have no user, password or query"),
         ("sample digits", "digits is a preset; this command takes a run of it, which `dcgan ingest digits` names"),
         ("sync nothing-at-all", "'nothing-at-all' is neither a preset nor a run; presets are digits, mnist"),
         ("sample . --count 0", "argument --count: '0' is not a whole number of at least 1"),
@@ -225,7 +228,7 @@ def test_help_lists_the_commands_and_presets() -> None:
     for word in (*cli.COMMANDS, "sample", "sync"):
         assert f"\n    {word} " in text
     for preset in config.PRESETS:
-        assert f"  {preset:10}{config.summary(preset)}\n" in text
+        assert re.search(rf"^  {preset}  +{re.escape(config.summary(preset))}$", text, re.MULTILINE)
 
 
 def test_the_help_of_a_stage_lists_every_key_with_meaning_default_and_bounds() -> None:

@@ -1,6 +1,7 @@
 """Feature banks: pooled layers, BatchNorm frozen to the statistics of real images, exported weights."""
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -120,6 +121,37 @@ def test_extraction_is_not_repeated_but_follows_the_chosen_checkpoint(trained):
     before = {p: p.stat().st_mtime_ns for p in trained.features.glob("*/*")}
     features.extract(trained)
     assert {p: p.stat().st_mtime_ns for p in trained.features.glob("*/*")} == before
+
+    newest = trained.experiment.evaluate.model_copy(update={"checkpoint": "latest"})
+    other = replace(trained, experiment=trained.experiment.model_copy(update={"evaluate": newest}))
+    step = max(checkpoint.steps(trained)) + 1
+    state = checkpoint.load(checkpoint.best(trained))
+    state["generator"]["project.weight"].add_(1)
+    state["average"] = None
+    writer = checkpoint.Writer(trained)
+    writer.save({**state, "step": step}, 1e6)
+    writer.close()
+    with pytest.raises(FileNotFoundError, match=rf"no features of step {step}: `dcgan extract {trained.name}` makes"):
+        features.read_bank(other, "discriminator", step, "train")
+    features.extract(other)
+    names = {bank.name.rpartition("-")[0] for bank in other.features.iterdir() if bank.is_dir()}
+    assert names == {f"discriminator-{step}", "random_init-0"}
+    exported = features.load_exported(trained.path / "export" / features.GENERATOR)
+    assert torch.equal(exported.project.weight, state["generator"]["project.weight"])
+    shutil.rmtree(trained.checkpoints / str(step))
+    features.extract(trained)
+
+
+def test_a_kill_before_the_bank_is_there_leaves_nothing_that_is_not_made_again(trained, monkeypatch):
+    shutil.rmtree(trained.features)
+    shutil.rmtree(trained.path / "export")
+    publish = storage.publish
+    monkeypatch.setattr(storage, "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        features.extract(trained)
+    monkeypatch.setattr(storage, "publish", publish)
+    features.extract(trained)
+    assert {file.name for file in (trained.path / "export").iterdir()} == {features.GENERATOR, features.DISCRIMINATOR}
 
 
 def test_exported_generator_draws_what_the_checkpoint_draws(trained):

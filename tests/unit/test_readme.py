@@ -25,7 +25,7 @@ WHOLE = (
 )  # one line each
 
 
-SHELL = ("make", ".venv/bin/dcgan", "prefect", "torchrun")  # what a line of a shell block begins with
+SHELL = ("make", ".venv/bin/dcgan", "prefect", ".venv/bin/torchrun")  # what a line of a shell block begins with
 
 
 def section(title: str) -> str:

@@ -7,7 +7,9 @@ import shlex
 import socket
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import fabricated
@@ -87,6 +89,27 @@ def test_a_database_that_cannot_be_used_is_a_tracking_error(run: Run, monkeypatc
         monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
         with pytest.raises(tracking.TrackingError, match=r"MLflow can't use postgresql://.*psycopg2") as raised:
             tracking.sync(run)
+    assert "secret" not in str(raised.value)
+
+
+def test_a_server_that_answers_with_an_error_is_named_without_its_password(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Failing(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(200 if self.path == "/health" else 503)
+
+        do_POST = do_GET  # noqa: N815
+
+        def log_message(self, *_: object) -> None: ...
+
+    with HTTPServer(("127.0.0.1", 0), Failing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret@127.0.0.1:{server.server_port}")
+        with pytest.raises(tracking.TrackingError, match=f"127.0.0.1:{server.server_port}") as raised:
+            tracking.sync(run)
+        server.shutdown()
     assert "secret" not in str(raised.value)
 
 

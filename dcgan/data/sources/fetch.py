@@ -4,6 +4,7 @@ The network fails in two ways: what is Interrupted is worth another attempt, wha
 """
 
 import logging
+import os
 import random
 import re
 import ssl
@@ -14,9 +15,11 @@ from contextlib import contextmanager
 from email.utils import parsedate_to_datetime
 from functools import partial as bind
 from http.client import HTTPException, HTTPResponse, InvalidURL
+from netrc import netrc
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from urllib.error import HTTPError
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 from dcgan.data.sources.partial import Partial, Progress, Version
@@ -84,9 +87,8 @@ def persist(action: Callable[[], T], name: str, reached: Callable[[], int] = lam
 
 
 def shown(url: str) -> str:
-    """A URL as it may be shown: without user, password and query, in which secrets are passed."""
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    """A URL as it may be shown: without the query, in which secrets are passed where a server redirects."""
+    return urlsplit(url)._replace(query="", fragment="").geturl()
 
 
 class Answer(NamedTuple):
@@ -124,11 +126,12 @@ def _ask_http(url: str, part: Partial) -> Answer:
 
 
 def _request(url: str, part: Partial) -> Request:
-    """A GET of what is lacking, with the user and password of the URL for this host alone."""
-    user, at, host = urlsplit(url).netloc.rpartition("@")
-    request = Request(urlsplit(url)._replace(netloc=host).geturl(), headers={"User-Agent": "dcgan"})
-    if at:
-        request.add_unredirected_header("Authorization", f"Basic {b64encode(unquote(user).encode()).decode()}")
+    """A GET of what is lacking, with the user and password that `netrc` has for this host, and for no other."""
+    request = Request(url, headers={"User-Agent": "dcgan"})
+    file = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
+    if file.is_file() and (known := netrc(str(file)).hosts.get(urlsplit(url).hostname or "")):
+        user, _, password = known
+        request.add_unredirected_header("Authorization", f"Basic {b64encode(f'{user}:{password}'.encode()).decode()}")
     if part.size and part.version:
         request.add_header("Range", f"bytes={part.size}-")
         if part.version.address == shown(url) and part.version.validator:
