@@ -89,6 +89,8 @@ class Experiment(Section):
             )
         if self.model.kernel == 3 and self.data.size == 28:
             raise ValueError("model.kernel=3 makes 32, 64 or 128 pixels, not data.size=28")
+        if self.data.offline and self.data.remote:
+            raise ValueError("data.offline=true opens no connection, and data.remote needs one: unset either")
         if self.data.name == "folder" and not self.data.source:
             raise ValueError("data.name=folder needs data.source=DIRECTORY, a tree of images")
         for key, names in ONLY_FOR.items():

@@ -41,6 +41,10 @@ def ingest(experiment: Experiment) -> Run:
             f"evaluate.protocols={', '.join(alone)} need test images, and {scored.dataset} has none: "
             "set evaluate.protocols=[clustering]"
         )
+    if len(scored.classes) > 1:
+        from dcgan.evaluate.samples import check_labels
+
+        check_labels({split: scored.labels(split) for split in scored.scored}, experiment.evaluate)
     if scored.channels != store.channels:
         raise ValueError(
             f"evaluate.images={scored.dataset} has {scored.channels} channels and {store.dataset} {store.channels}"

@@ -24,7 +24,8 @@ def decode(raw: bytes, size: int, exif: bool = False) -> np.ndarray:
     """The picture in an image file, uint8 (3, size, size), RGB without transparency.
 
     exif: turn it as its EXIF orientation says. A JPEG of twice the size or more is scaled by eighths while it is
-    decoded, down to what is still large enough: `_jpeg` says what that does to the pixels.
+    decoded, down to what is still large enough: `_jpeg` says what that does to the pixels. One that has EXIF and is to
+    be turned by it is decoded whole.
     Raises UnreadableError for another format, a damaged file, more than 8 bits a channel, or more pixels than
     Pillow's limit (89 million): nothing is decoded then.
     """

@@ -19,7 +19,7 @@ from dcgan.data.decode import UnreadableError, decode, square
 from dcgan.data.records import Item, Records
 
 BYTES = 2**26  # of a shard at most: what a process holds in memory, and one upload; 4,096 images at 64 px RGB
-ADVICE = "remove it, or set data.unreadable=skip"
+ADVICE = "set data.unreadable=skip, which goes on from here, or remove it, which begins anew"
 BLOCK = 16  # images whose statistics are computed at once: what the processor's cache holds
 
 

@@ -4,6 +4,7 @@ import hashlib
 import logging
 import os
 import re
+import resource
 import secrets
 import shutil
 from collections.abc import Mapping, Sequence
@@ -214,7 +215,14 @@ class Store:
         return sum(self.manifest["counts"][split] for split in splits)
 
     def shards(self, *splits: str) -> list[np.memmap]:
-        """Memory maps of the splits' shards in order, each uint8 (n, C, H, W)."""
+        """Memory maps of the splits' shards in order, each uint8 (n, C, H, W).
+
+        Each holds a file open, and LSUN's 741 may be mapped twice, where most systems begin with 1,024: so the limit is
+        raised as far as the system lets a process.
+        """
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft != hard:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         return [np.load(self.path / name, mmap_mode="r") for split in splits for name in self._names(split)]
 
     def _names(self, split: str) -> list[str]:

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dcgan.config import Evaluate
+
 # Of float32 features. On a CPU still in the cache when a second product reads the block again; a GPU is kept busy.
 BLOCK_BYTES = {"cpu": 2**21, "cuda": 2**28}
 
@@ -153,6 +155,28 @@ def check_classes(train_y: np.ndarray, test_y: np.ndarray) -> None:
     missing = np.setdiff1d(test_y, train_y)
     if len(missing):
         raise ValueError(f"train has no image of class {', '.join(map(str, missing))}, which test has")
+
+
+def check_labels(labels: dict[str, np.ndarray], settings: Evaluate) -> None:
+    """Raises ValueError, before there are features, if a protocol of `settings` can't be scored with these labels.
+
+    labels: int64 (N,) of train, test and, where the data set has it, validation.
+    """
+    seed, train = settings.seed, labels["train"]
+    for protocol in settings.protocols:
+        if protocol == "clustering":
+            continue
+        for split, found in labels.items():
+            if found.min() < 0:
+                raise ValueError(f"{split} has {(found < 0).sum()} images without a label: {protocol} needs labels")
+        check_classes(train, labels["test"])
+        if protocol == "svm_few_labels":
+            pool = train if "validation" in labels else train[hold_out(train, seed)[0]]
+            draw(pool, settings.labels_per_class, (seed, 0))
+        elif "validation" not in labels:
+            hold_out(train[labelled(train, settings.labels, seed)], seed)
+        else:
+            labelled(train, settings.labels, seed)
 
 
 def labelled(labels: np.ndarray, count: int, seed: int) -> np.ndarray:

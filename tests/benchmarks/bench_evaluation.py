@@ -107,13 +107,20 @@ def neighbours(known: int, real: int, repeats: int) -> None:
     nearest = generated._Nearest(queries)
     for _ in range(known // generated.BLOCK):
         nearest.add(strokes(generated.BLOCK), labels)
-    few, block = generated.FEW, strokes(generated.BLOCK)
+    known_y, blocks = torch.from_numpy(labels), [strokes(generated.BLOCK) for _ in range(repeats + 1)]
+    turn = {"all pairs": iter(blocks), "by bounds": iter(blocks)}
 
-    def compare(share: float) -> None:
-        generated.FEW = share
-        nearest.add(block, labels)
+    def every_pair() -> None:
+        block = generated._centred(next(turn["all pairs"]), nearest.device)
+        lengths = block.square().sum(1) / 2
+        for first in range(0, real, generated.QUERIES):
+            where = slice(first, first + generated.QUERIES)
+            distances, found = (lengths - nearest.queries[where] @ block.T).min(1)
+            nearer = distances < nearest.distances[where]
+            torch.where(nearer, known_y.to(nearest.device)[found], nearest.labels[where])
 
-    times = in_turn({"all pairs": lambda: compare(0), "by bounds": lambda: compare(few)}, repeats)
+    works = {"all pairs": every_pair, "by bounds": lambda: nearest.add(next(turn["by bounds"]), labels)}
+    times = in_turn(works, repeats)
     ratios = sorted(a / b for a, b in zip(times["all pairs"], times["by bounds"], strict=True))
     every, bounded = (1000 * statistics.median(seconds) for seconds in times.values())
     print(

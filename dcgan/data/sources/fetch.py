@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from email.utils import parsedate_to_datetime
 from functools import partial as bind
 from http.client import HTTPException, HTTPResponse, InvalidURL
-from netrc import netrc
+from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from urllib.error import HTTPError
@@ -128,8 +128,7 @@ def _ask_http(url: str, part: Partial) -> Answer:
 def _request(url: str, part: Partial) -> Request:
     """A GET of what is lacking, with the user and password that `netrc` has for this host, and for no other."""
     request = Request(url, headers={"User-Agent": "dcgan"})
-    file = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
-    if file.is_file() and (known := netrc(str(file)).hosts.get(urlsplit(url).hostname or "")):
+    if known := _known(urlsplit(url).hostname or ""):
         user, _, password = known
         request.add_unredirected_header("Authorization", f"Basic {b64encode(f'{user}:{password}'.encode()).decode()}")
     if part.size and part.version:
@@ -137,6 +136,16 @@ def _request(url: str, part: Partial) -> Request:
         if part.version.address == shown(url) and part.version.validator:
             request.add_header("If-Range", part.version.validator)
     return request
+
+
+def _known(host: str) -> tuple[str, str | None, str | None] | None:
+    """The entry of a host in `netrc`: user, account, password; None, with a warning, also where that can't be read."""
+    try:
+        file = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
+        return netrc(str(file)).hosts.get(host) if file.is_file() else None
+    except (NetrcParseError, OSError, RuntimeError) as error:  # the last: there is no home
+        log.warning("no password is known for %s: %s", host, error)
+        return None
 
 
 def _open(request: Request, part: Partial) -> HTTPResponse:

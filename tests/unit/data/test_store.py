@@ -1,6 +1,7 @@
 """The image store gives back what was written, and notices every changed byte."""
 
 import os
+import resource
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,16 @@ def images(count: int, description: Description, seed: int = 0) -> list[tuple[np
         (generator.integers(0, 256, shape, np.uint8), int(generator.integers(classes)) if classes else -1)
         for _ in range(count)
     ]
+
+
+def test_more_shards_than_files_may_be_open_at_first(tmp_path: Path) -> None:
+    made = write_store(tmp_path, LABELLED, {"train": images(90, LABELLED)}, shard_images=1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 80, hard))
+    try:
+        assert len(made.shards("train")) == 90
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @settings(max_examples=30, deadline=None)

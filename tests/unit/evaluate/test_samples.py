@@ -2,11 +2,13 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from sklearn.preprocessing import StandardScaler
 
-from dcgan.evaluate.samples import Samples, check, check_classes, draw, hold_out, labelled
+from dcgan.config import Evaluate
+from dcgan.evaluate import EVALUATORS
+from dcgan.evaluate.samples import Samples, check, check_classes, check_labels, draw, hold_out, labelled
 
 LABELS = st.lists(st.integers(0, 4), min_size=10, max_size=80).map(np.array)
 
@@ -126,3 +128,39 @@ def test_check_names_what_is_wrong():
         check(x, y, test_x[:0], test_y[:0])
     with pytest.raises(ValueError, match=r"no image of class 4, 9, which test has"):
         check_classes(y, np.array([0, 9, 4]))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_labels_are_refused_before_there_are_features_as_they_are_with_them(data):
+    """Whatever an evaluator says of labels is said at once, and nothing else is."""
+    lists = st.lists(st.integers(-1, 3), min_size=4, max_size=40)
+    labels = {split: np.array(data.draw(lists)) for split in ("train", "test")}
+    if data.draw(st.booleans()):
+        labels["validation"] = np.array(data.draw(lists))
+    protocol = data.draw(st.sampled_from(["svm", "svm_few_labels", "knn", "clustering"]))
+    chosen = Evaluate(
+        protocols=(protocol,),
+        labels=data.draw(st.sampled_from([0, 8, 30])),
+        labels_per_class=data.draw(st.integers(1, 4)),
+        draws=2,
+        c_grid=(1.0,),
+        neighbours=(1,),
+    )
+    assume(len(set(labels["train"])) > 1)  # of a data set with one class nothing is scored
+    features = {split: np.random.default_rng(0).random((len(y), 2)).astype(np.float32) for split, y in labels.items()}
+    held = (features["validation"], labels["validation"]) if "validation" in labels else None
+    refusals = []
+    for work in (
+        lambda: check_labels(labels, chosen),
+        lambda: EVALUATORS[protocol](
+            features["train"], labels["train"], features["test"], labels["test"], chosen, held
+        ),
+    ):
+        try:
+            work()
+            refusals.append("")
+        except ValueError as error:
+            refusals.append(str(error))
+    if protocol != "clustering":
+        assert bool(refusals[0]) == bool(refusals[1]), refusals

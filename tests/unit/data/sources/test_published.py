@@ -302,6 +302,11 @@ def test_credentials_are_sent_and_never_shown(
     with pytest.raises(published.DownloadError):
         get(tmp_path / "d", mirror.address.replace("127.0.0.1", "localhost"))
     assert all("Authorization" not in seen.headers for seen in mirror.log[before:]), "another host's password"
+    (tmp_path / "netrc").write_text("machine")
+    with pytest.raises(published.DownloadError):
+        get(tmp_path / "d", mirror.address)
+    assert "no password is known for 127.0.0.1" in caplog.text
+    assert "Authorization" not in mirror.log[-1].headers
 
 
 # How often it is asked
