@@ -58,8 +58,6 @@ def test_an_unreadable_image_is_named_and_what_is_mended_goes_on(tree: Path, tmp
     home = tmp_path / "home"
     says = r"a/100\.jpg can't be decoded \(.*[Tt]runcated.*\): set data\.unreadable=skip"
     with pytest.raises(ValueError, match=says):
-        ValueError, match=r"a/100\.jpg can't be decoded \(.*[Tt]runcated.*\): set data\.unreadable=skip"
-    ):
         ingest.ingest(data(tree), home, maker=by_ray(home))
     assert not list((home / "stores").glob("[0-9a-f]*")), "no store"
     records = list((home / "stores").glob(".ingest-*/*-[0-9]*.json"))

@@ -11,9 +11,9 @@ from dcgan import checkpoint, models, sampling, train
 from dcgan.config import validate
 from dcgan.data import batches
 from dcgan.distributed import Place
-from dcgan.run import BusyError, Run
+from dcgan.run import Run
 from dcgan.step import Game
-from dcgan.storage import CorruptError
+from dcgan.storage import BusyError, CorruptError
 
 
 @pytest.fixture
