@@ -96,7 +96,8 @@ class Writer:
             torch.save(state, staged / STATE)
             storage.seal(staged, {"step": step, "identity": state["identity"], "swd": swd})
             storage.publish(staged, directory / str(step))
-        best = _point_to_best(self.run)
+        best = read_best(self.run) or {"step": step, "metric": "swd", "value": swd}
+        storage.write_json(directory / "best.json", best)
         for old in steps(self.run)[: -self.run.experiment.train.keep]:
             if old != best["step"]:
                 shutil.rmtree(directory / str(old))
@@ -108,19 +109,20 @@ def steps(run: Run) -> list[int]:
 
 
 def read_best(run: Run) -> dict[str, Any] | None:
-    """The content of best.json: step, metric, value; None before the first checkpoint."""
-    file = run.checkpoints / "best.json"
-    return json.loads(file.read_text()) if file.is_file() else None
+    """What best.json is to hold, from the manifests: a kill may come between a checkpoint and that file.
 
-
-def _point_to_best(run: Run) -> dict[str, Any]:
-    """The content of best.json, written anew if it is not the lowest of all: a kill may have come between the two."""
-    manifests = {step: json.loads((run.checkpoints / str(step) / storage.MANIFEST).read_bytes()) for step in steps(run)}
-    step = min(manifests, key=lambda step: (manifests[step]["swd"], step))
-    best = {"step": step, "metric": "swd", "value": manifests[step]["swd"]}
-    if best != read_best(run):
-        storage.write_json(run.checkpoints / "best.json", best)
-    return best
+    Step, metric, value of the checkpoint of lowest distance, the first of equals; None before there is one.
+    """
+    found = []
+    for step in steps(run):
+        try:
+            found.append((json.loads((run.checkpoints / str(step) / storage.MANIFEST).read_bytes())["swd"], step))
+        except (OSError, ValueError, KeyError) as error:  # damaged, or no longer kept
+            log.warning("checkpoint %d of run %s has no distance: %s", step, run.name, error)
+    if not found:
+        return None
+    value, step = min(found)
+    return {"step": step, "metric": "swd", "value": value}
 
 
 def latest(run: Run) -> Path | None:
@@ -141,9 +143,10 @@ def latest(run: Run) -> Path | None:
 
 def best(run: Run) -> Path | None:
     """The checkpoint of lowest distance, or None. Raises CorruptError if it is damaged."""
-    if not steps(run):
+    lowest = read_best(run)
+    if lowest is None:
         return None
-    directory = run.checkpoints / str(_point_to_best(run)["step"])
+    directory = run.checkpoints / str(lowest["step"])
     storage.read_manifest(directory)
     return directory
 

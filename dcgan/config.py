@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
+from urllib.parse import urlsplit
 
 from pydantic import ValidationError, model_validator
 from pydantic.fields import FieldInfo
@@ -89,8 +90,6 @@ class Experiment(Section):
             )
         if self.model.kernel == 3 and self.data.size == 28:
             raise ValueError("model.kernel=3 makes 32, 64 or 128 pixels, not data.size=28")
-        if self.data.offline and self.data.remote:
-            raise ValueError("data.offline=true opens no connection, and data.remote needs one: unset either")
         if self.data.name == "folder" and not self.data.source:
             raise ValueError("data.name=folder needs data.source=DIRECTORY, a tree of images")
         for key, names in ONLY_FOR.items():
@@ -190,7 +189,26 @@ def build(preset: str, overrides: Sequence[str] = ()) -> Experiment:
     if preset not in PRESETS:
         known = f"; presets are {', '.join(PRESETS)}"
         raise ValueError(f"unknown preset {preset!r}{meant(preset, PRESETS) or known}")
-    return override(yaml.safe_load(_read_preset(preset)), overrides)
+    experiment = override(yaml.safe_load(_read_preset(preset)), overrides)
+    _refuse_what_is_recorded(experiment)
+    return experiment
+
+
+def _refuse_what_is_recorded(experiment: Experiment) -> None:
+    """Raise ValueError, without naming it, for a secret in an address, and for what can't be kept of two promises.
+
+    Not in the model: a run that was recorded before either was refused can still be opened.
+    """
+    sources = {"data.source": experiment.data.source, "evaluate.images_source": experiment.evaluate.images_source}
+    for key, source in sources.items():
+        parts = urlsplit(source or "")
+        if parts.scheme in ("http", "https") and ("@" in parts.netloc or parts.query):
+            raise ValueError(
+                f"{key}: an address at {parts.hostname} with a user, a password or a query would be recorded with the "
+                "run; put the password into ~/.netrc"
+            )
+    if experiment.data.offline and experiment.data.remote:
+        raise ValueError("data.offline=true opens no connection, and data.remote needs one: unset either")
 
 
 def override(sections: dict[str, Any], overrides: Sequence[str]) -> Experiment:

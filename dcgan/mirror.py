@@ -194,20 +194,31 @@ def pull_run(run: Path, url: str) -> bool:
         return False
     run.mkdir(parents=True, exist_ok=True)
     with storage.hold(run / ".lock", f"run {run.name}"):
-        _pull_run(remote, at, run, there, steps - _here(run))
+        _pull_run(remote, at, run, there, steps)
     return True
 
 
 def _pull_run(remote: Remote, at: str, run: Path, there: Iterable[str], steps: set[int]) -> None:
-    for step in sorted(steps):
-        manifest = remote.read(f"{at}/checkpoints/{step}/{storage.MANIFEST}")
-        if manifest is not None:
-            _pull(remote, f"{at}/checkpoints/{step}", run / "checkpoints" / str(step), manifest)
+    """Interrupted at any line, the next call goes on: a run is as far as its newest checkpoint, which comes last.
+
+    Metrics beyond that checkpoint are cut when training goes on. A checkpoint that the remote lacks, or has of another
+    making, is no part of the run any more.
+    """
     plain = [name for name in there if not name.startswith("checkpoints/") or name == "checkpoints/best.json"]
-    for name in sorted(plain, key=lambda name: name == "experiment.json"):  # last: with it the run is there
-        content = remote.read(f"{at}/{name}")
-        if content is not None:
+    for name in plain:
+        if name != "experiment.json" and (content := remote.read(f"{at}/{name}")) is not None:
             storage.write_bytes(run / name, content)
+    for step in sorted(steps | _here(run)):
+        own, other = run / "checkpoints" / str(step), f"{at}/checkpoints/{step}"
+        manifest = remote.read(f"{other}/{storage.MANIFEST}")
+        known = (own / storage.MANIFEST).read_bytes() if own.exists() else None
+        if known is not None and known != manifest:
+            storage.discard(own)
+        if manifest is not None and known != manifest:
+            _pull(remote, other, own, manifest)
+    content = remote.read(f"{at}/experiment.json")
+    if content is not None:
+        storage.write_bytes(run / "experiment.json", content)
 
 
 @contextmanager

@@ -4,7 +4,6 @@ import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
-from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
@@ -204,14 +203,8 @@ class Evaluate(Section):
 
 
 def _absolute_or_address(source: str | None) -> str | None:
-    """An address without secrets. A path means the same file in a worker that was started in another directory."""
+    """A path means the same file in a worker that was started in another directory."""
     if source is None or source.startswith(("http://", "https://", "s3://")):
-        parts = urlsplit(source or "")
-        if "@" in parts.netloc or (parts.query and parts.scheme != "s3"):
-            raise ValueError(
-                "input should have no user, password or query: it is recorded with the run; "
-                "a password belongs into ~/.netrc"
-            )
         return source
     if "://" in source:
         raise ValueError("input should be a directory, or an http(s):// or s3:// address")

@@ -54,7 +54,8 @@ def _recorded(name: str) -> tuple[int, str] | None:
 def _address(name: str, port: str) -> str:
     """Where a server runs, or else is to be started."""
     recorded = _recorded(name)
-    return f"http://127.0.0.1:{recorded[1] if recorded else os.environ.get(f'{name.upper()}_PORT') or port}"
+    running = recorded[1] if recorded else ""
+    return f"http://127.0.0.1:{running or os.environ.get(f'{name.upper()}_PORT') or port}"
 
 
 PREFECT, MLFLOW = _address("prefect", "4200"), _address("mlflow", "5000")
@@ -209,7 +210,7 @@ def down() -> None:
     if all(service.pid() for service in (WORKER, *SERVERS)):
         try:
             _cancel_flow_runs()
-        except OSError as error:
+        except (OSError, ValueError) as error:  # no answer, or another's
             say(f"flow runs could not be cancelled: {error}")
     for service in (WORKER, *reversed(SERVERS)):
         if service.stop():

@@ -4,7 +4,17 @@ import numpy as np
 import torch
 
 from dcgan.config import Evaluate
-from dcgan.evaluate.samples import Labelled, Samples, check, check_classes, device, draw, hold_out, labelled
+from dcgan.evaluate.samples import (
+    Labelled,
+    Samples,
+    check,
+    check_classes,
+    check_neighbours,
+    device,
+    draw,
+    hold_out,
+    labelled,
+)
 
 CHOICE_DRAWS = 10  # on which the number of neighbours is chosen, as C is
 QUERIES = 1024  # images compared at once with all references: 200 MiB of distances to 50,000
@@ -37,11 +47,7 @@ def score(
     else:
         fit, rest = hold_out(labels, settings.seed)
         known, held, held_y = train.take(fit), train.take(rest), labels[rest]
-    if tried[-1] > len(fit):
-        raise ValueError(
-            f"evaluate.neighbours={tried[-1]}, but train has only {len(fit)} labelled images to compare with"
-            + ("" if validation else " after a fifth is held out")
-        )
+    check_neighbours(settings, len(fit), validation is not None)
     found = accuracies(known, labels[fit], held, held_y, tried)
     chosen = tried[int(np.argmax(found))]
     (accuracy,) = accuracies(train, labels, train.like(test_x), test_y, [chosen])

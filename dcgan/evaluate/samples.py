@@ -173,10 +173,21 @@ def check_labels(labels: dict[str, np.ndarray], settings: Evaluate) -> None:
         if protocol == "svm_few_labels":
             pool = train if "validation" in labels else train[hold_out(train, seed)[0]]
             draw(pool, settings.labels_per_class, (seed, 0))
-        elif "validation" not in labels:
-            hold_out(train[labelled(train, settings.labels, seed)], seed)
-        else:
-            labelled(train, settings.labels, seed)
+            continue
+        fit = labelled(train, settings.labels, seed)
+        if "validation" not in labels:
+            fit, _ = hold_out(train[fit], seed)
+        if protocol == "knn":
+            check_neighbours(settings, len(fit), "validation" in labels)
+
+
+def check_neighbours(settings: Evaluate, count: int, validation: bool) -> None:
+    """Raises ValueError if there are not so many as `count` images to choose the number of neighbours with."""
+    if (most := max(settings.neighbours)) > count:
+        raise ValueError(
+            f"evaluate.neighbours={most}, but train has only {count} labelled images to compare with"
+            + ("" if validation else " after a fifth is held out")
+        )
 
 
 def labelled(labels: np.ndarray, count: int, seed: int) -> np.ndarray:

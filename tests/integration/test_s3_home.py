@@ -164,7 +164,7 @@ def test_a_run_is_gone_on_with_from_its_copy(server: s3.Store, tmp_path: Path) -
 
 
 def test_a_home_that_was_left_behind_is_brought_up_to_date_and_overwrites_nothing(
-    server: s3.Store, tmp_path: Path
+    server: s3.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One machine stops after the first checkpoint, another ends the training, and then the first is back."""
     first = stages.ingest(digits(tmp_path / "a"))
@@ -178,6 +178,14 @@ def test_a_home_that_was_left_behind_is_brought_up_to_date_and_overwrites_nothin
     with pytest.raises(RemoteError, match="has a checkpoint of step 4, newer than any here"):
         mirror.push_run(first.path, URL)
     assert Remote(URL).sizes(f"runs/{first.name}") == kept
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Remote, "download", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            stages.ingest(digits(tmp_path / "a"))
     again = stages.ingest(digits(tmp_path / "a", "evaluate.labels=100"))
     assert checkpoint.steps(again) == [2, 4]
     assert [line["step"] for line in again.metrics()] == [1, 2, 3, 4]
@@ -220,7 +228,10 @@ def test_processes_that_want_the_same_store_copy_it_once(server: s3.Store, tmp_p
     """
     processes = [subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)]) for _ in range(3)]
     assert [process.wait() for process in processes] == [0, 0, 0]
-    assert content(tmp_path / "b" / "stores" / made) == content(tmp_path / "a" / "stores" / made)
+    files = content(tmp_path / "b" / "stores" / made)
+    assert files == content(tmp_path / "a" / "stores" / made)
+    read = [seen.path.rpartition("/")[2] for seen in server.log if seen.method == "GET" and made in seen.path]
+    assert sorted(name for name in read if name in files) == sorted(files)
     Store.open(tmp_path / "b", made, verify=True)
 
 

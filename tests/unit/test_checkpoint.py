@@ -115,7 +115,7 @@ def test_newest_and_best_are_kept_and_the_rest_removed(store):
     assert checkpoint.latest(run).name == "5"
 
 
-def test_a_checkpoint_that_a_kill_kept_from_being_named_best_is_found(store):
+def test_a_checkpoint_that_a_kill_kept_from_being_named_best_is_found(store, caplog):
     """Between the renaming and the pointer."""
     run = make_run(store)
     save(run, make_game(run, store), store, (1, 0.2), (2, 0.1))
@@ -124,7 +124,10 @@ def test_a_checkpoint_that_a_kill_kept_from_being_named_best_is_found(store):
     assert checkpoint.best(run).name == "2"
     storage.write_json(pointer, {"step": 1, "metric": "swd", "value": 0.2})
     assert checkpoint.best(run).name == "2"
-    assert checkpoint.read_best(run) == {"step": 2, "metric": "swd", "value": 0.1}
+    (run.checkpoints / "1" / storage.MANIFEST).write_text("{")
+    save(run, make_game(run, store), store, (3, 0.3))
+    assert json.loads(pointer.read_text()) == {"step": 2, "metric": "swd", "value": 0.1}
+    assert "checkpoint 1 of run" in caplog.text
 
 
 def test_chosen_follows_the_experiment(store):

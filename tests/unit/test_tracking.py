@@ -84,10 +84,12 @@ def test_training_goes_on_beside_a_server_that_never_was(
 
 
 def test_a_database_that_cannot_be_used_is_a_tracking_error(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listening:  # answers, and its driver is missing
-        address = f"postgresql://someone:secret@127.0.0.1:{listening.getsockname()[1]}/mlflow"
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = f"mysql+nosuchdriver://someone:secret@127.0.0.1:{listening.getsockname()[1]}/mlflow"
         monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
-        with pytest.raises(tracking.TrackingError, match=r"MLflow can't use postgresql://.*psycopg2") as raised:
+        with pytest.raises(
+            tracking.TrackingError, match=r"MLflow can't use mysql\+nosuchdriver://.*nosuchdriver"
+        ) as raised:
             tracking.sync(run)
     assert "secret" not in str(raised.value)
 

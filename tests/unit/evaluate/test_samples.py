@@ -145,7 +145,7 @@ def test_labels_are_refused_before_there_are_features_as_they_are_with_them(data
         labels_per_class=data.draw(st.integers(1, 4)),
         draws=2,
         c_grid=(1.0,),
-        neighbours=(1,),
+        neighbours=data.draw(st.sampled_from([(1,), (1, 9)])),
     )
     assume(len(set(labels["train"])) > 1)  # of a data set with one class nothing is scored
     features = {split: np.random.default_rng(0).random((len(y), 2)).astype(np.float32) for split, y in labels.items()}

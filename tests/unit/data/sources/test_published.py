@@ -301,6 +301,7 @@ def test_credentials_are_sent_and_never_shown(
     before = len(mirror.log)
     with pytest.raises(published.DownloadError):
         get(tmp_path / "d", mirror.address.replace("127.0.0.1", "localhost"))
+    assert len(mirror.log) > before
     assert all("Authorization" not in seen.headers for seen in mirror.log[before:]), "another host's password"
     (tmp_path / "netrc").write_text("machine")
     with pytest.raises(published.DownloadError):
