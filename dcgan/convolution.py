@@ -57,7 +57,7 @@ class _Labelled(nn.Module):
         reach = self._library(taps.new_ones(1, 1, *size), taps.movedim(1, self.inputs))[0]  # 1, or 0 over the border
         maps = reach.flatten(1).T @ weight.permute(0, 2, 3, 1).reshape(labels, -1, channels)
         added = onehot.to(maps.dtype) @ maps.view(labels, -1)
-        return added.view(len(onehot), *reach.shape[1:], channels).permute(0, 3, 1, 2)
+        return added.view(-1, *reach.shape[1:], channels).permute(0, 3, 1, 2)
 
     def _convolve(self, x: Tensor, weight: Tensor) -> Tensor:
         """As the rules below say."""
