@@ -259,7 +259,7 @@ def test_the_page_shows_published_measured_controls_and_reasons(tiny: tuple[str,
     assert file == tmp_path / "docs" / "results.md"
     assert "| method | accuracy, %: published | accuracy, %: measured | error: measured |" in text
     assert "| counted | 25.00 ± 1.00 | **50.00** | **-** |" in text
-    assert "| - chance |  | 10.00 | - |" in text
+    assert "| - chance, 1 in 1,000 |  | 10.00 | - |" in text
     assert "| absent |  | not measured | not measured |" in text
     assert "- **absent**: not measured: no photographs below HOME/x: give data.source." in text
     assert "| quoted | 75.00 | not measured | not measured |" in text
