@@ -7,6 +7,7 @@ maps, are no maps here: what a label adds to the output is the same for all imag
 and so do the numbers, but for rounding.
 """
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ LIMIT = 0.9  # of the time that the sum as written takes
 NARROW = 48
 
 
-class _Labelled(nn.Module):
+class _Labelled(nn.Module, ABC):
     """A convolution without bias, groups or dilation, whose input may end in a one-hot label as constant maps."""
 
     weight: Tensor
@@ -59,12 +60,13 @@ class _Labelled(nn.Module):
         added = onehot.to(maps.dtype) @ maps.view(labels, -1)
         return added.view(-1, *reach.shape[1:], channels).permute(0, 3, 1, 2)
 
+    @abstractmethod
     def _convolve(self, x: Tensor, weight: Tensor) -> Tensor:
         """As the rules below say."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _library(self, x: Tensor, weight: Tensor) -> Tensor:
-        raise NotImplementedError
+        """As PyTorch does."""
 
 
 class Conv2d(_Labelled, nn.Conv2d):

@@ -22,7 +22,7 @@ BLOCK = 1024  # so many generated ones: 4 MiB of distances, which stay in the ca
 MIDDLE = 128  # of a byte: see `_centred`
 
 # Most pairs are too far apart to be compared in all pixels, as these show: the first directions of real images, of so
-# many. With 96 directions MNIST takes as long, with 128 longer, on 2 cores with AVX2.
+# many (tests/benchmarks/bench_evaluation.py).
 DIRECTIONS, SAMPLE = 64, 1024
 SLACK = 2**-9  # of a squared length: more than a sum of DIRECTIONS products loses, also of numbers cut to TF32
 SAY_EVERY = 60  # seconds: ten million digits take an hour on two cores
