@@ -1,5 +1,5 @@
 # make run     train and score a DCGAN on real handwritten digits: pictures and a table in a few minutes
-# make test    lint, types and every test
+# make test    lint, types and every test but those that need a CUDA device (tests/gpu)
 # make check   lint and types
 # make bench   training beside PyTorch's DCGAN tutorial on this machine, into docs/performance.md: an hour on 2 cores
 # make ui      MLflow and Prefect in the browser, over all that has been run, until Ctrl-C
@@ -34,7 +34,7 @@ run: export PREFECT_LOGGING_FORMATTERS_STANDARD_FORMAT = %(asctime)s %(levelname
 run: export PREFECT_LOGGING_EXTRA_LOGGERS = dcgan
 run: export PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW = ignore
 run: .venv/installed
-	@mkdir -p $(PREFECT_HOME)
+	@mkdir -p "$(PREFECT_HOME)"
 	@$(BIN)/python -m flows.train_eval $(PRESET) $(SET)
 
 # A file of the slower suites in a process, three at a time: mostly they wait for servers to start or die. The longest first,

@@ -100,7 +100,7 @@ class Writer:
         storage.write_json(directory / "best.json", best)
         for old in steps(self.run)[: -self.run.experiment.train.keep]:
             if old != best["step"]:
-                shutil.rmtree(directory / str(old))
+                storage.discard(directory / str(old))
 
 
 def steps(run: Run) -> list[int]:

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from dcgan import storage
 from dcgan.config import Compute
 
 log = logging.getLogger(__name__)
@@ -27,7 +28,8 @@ OBJECT_STORE = 2**27  # bytes; no image and no tensor passes through Ray, whose 
 LOOPBACK = "127.0.0.2"  # Ray replaces 127.0.0.1 by the address of a network interface, which a laptop may lose
 START_ATTEMPTS = 3  # Ray gives its own processes 15 s to start; the next attempt finds the libraries in memory
 SOCKET = len("/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store")  # bytes below its directory
-REPEATS = (ValueError, TypeError, LookupError, ArithmeticError, AssertionError)  # a restart would fail in the same way
+# A restart would fail in the same way.
+REPEATS = (ValueError, TypeError, LookupError, ArithmeticError, AssertionError, storage.CorruptError)
 
 started_here = threading.Event()  # set while the Ray that this process uses is one that `session` has started
 

@@ -25,8 +25,9 @@ COLLECTIVE_TIMEOUT = 600  # seconds until a hung peer counts as dead: as long as
 def launch(function: Callable[..., None], arguments: tuple, compute: Compute, home: Path, name: str) -> None:
     """Run `function(*arguments)` in `compute.workers` >= 1 processes at once; return when all have returned.
 
-    If one dies or fails, all are stopped and started again, at most `compute.max_failures` times, and not at all for
-    an exception that a restart would only repeat. `name` is the run's in Ray's views; Ray's files go to `home`/ray.
+    If one dies or fails, all are stopped and started again, `compute.max_failures` times, and not at all for an
+    exception that a restart would only repeat; a death before all have started counts apart. `name` is the run's in
+    Ray's views; Ray's files go to `home`/ray.
     Raises WorkerError, or ValueError before anything starts if Ray lacks the CPUs or GPUs that were asked for.
     """
     log.info("starting %d Ray worker%s", compute.workers, "" if compute.workers == 1 else "s")
@@ -40,7 +41,7 @@ def launch(function: Callable[..., None], arguments: tuple, compute: Compute, ho
 
             others = _placement_groups()
             try:
-                _trainer(function, arguments, compute, home, name).fit()
+                _trainer(function, arguments, compute, attempts_left, home, name).fit()
                 return
             except WorkerGroupError as error:
                 raise _readable(error.worker_failures) from error
@@ -71,7 +72,9 @@ def _remove_placement_groups(names: set[str]) -> None:
         remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(name))))
 
 
-def _trainer(function: Callable[..., None], arguments: tuple, compute: Compute, home: Path, name: str) -> Any:
+def _trainer(
+    function: Callable[..., None], arguments: tuple, compute: Compute, attempts: int, home: Path, name: str
+) -> Any:
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -156,7 +159,7 @@ def _trainer(function: Callable[..., None], arguments: tuple, compute: Compute, 
             # A name of its own for each launch: Ray must never find a snapshot of its own to resume from.
             name=f"{name}-{secrets.token_hex(4)}",
             storage_path=str(home / "ray" / "train"),
-            failure_config=FailureConfig(max_failures=compute.max_failures),
+            failure_config=FailureConfig(max_failures=attempts),
             callbacks=[StopOnRepeat()],
         ),
     )

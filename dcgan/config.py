@@ -47,6 +47,11 @@ __all__ = [
 Preset = DataSet  # one a data set, of the same name
 PRESETS: tuple[Preset, ...] = get_args(Preset)
 
+ADDRESSES = (
+    ("data", "source"),
+    ("evaluate", "images_source"),
+)  # section and key: with http(s):// a user may be in them
+
 # Settings that only some data sets have: elsewhere they would change a run's name and nothing else.
 ENCODED: tuple[DataSet, ...] = (
     "celeba",
@@ -111,8 +116,14 @@ class Experiment(Section):
         }
 
     def flat(self) -> dict[str, str]:
-        """Dotted key to value in JSON, as overrides take them and MLflow shows them."""
+        """Dotted key to value in JSON, as overrides take them and MLflow shows them.
+
+        Without what `build` refuses in an address: a run that was recorded before that may have it.
+        """
         sections = self.model_dump(mode="json")
+        for section, key in ADDRESSES:
+            if has_secret(sections[section][key]):
+                sections[section][key] = _without_secret(sections[section][key])
         return {f"{s}.{k}": text(v) for s, section in sections.items() for k, v in section.items()}
 
 
@@ -199,16 +210,26 @@ def _refuse_what_is_recorded(experiment: Experiment) -> None:
 
     Not in the model: a run that was recorded before either was refused can still be opened.
     """
-    sources = {"data.source": experiment.data.source, "evaluate.images_source": experiment.evaluate.images_source}
-    for key, source in sources.items():
-        parts = urlsplit(source or "")
-        if parts.scheme in ("http", "https") and ("@" in parts.netloc or parts.query):
+    for section, key in ADDRESSES:
+        source = getattr(getattr(experiment, section), key)
+        if has_secret(source):
             raise ValueError(
-                f"{key}: an address at {parts.hostname} with a user, a password or a query would be recorded with the "
-                "run; put the password into ~/.netrc"
+                f"{section}.{key}: an address at {urlsplit(source).hostname} with a user, a password or a query would "
+                "be recorded with the run; put the password into ~/.netrc"
             )
     if experiment.data.offline and experiment.data.remote:
-        raise ValueError("data.offline=true opens no connection, and data.remote needs one: unset either")
+        raise ValueError("data.offline=true opens no connection, and data.remote needs one: unset one of them")
+
+
+def has_secret(address: str | None) -> bool:
+    """Whether an http(s) address has a user, a password or a query, in which secrets are passed."""
+    parts = urlsplit(address or "")
+    return parts.scheme in ("http", "https") and bool("@" in parts.netloc or parts.query)
+
+
+def _without_secret(address: str) -> str:
+    parts = urlsplit(address)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="").geturl()
 
 
 def override(sections: dict[str, Any], overrides: Sequence[str]) -> Experiment:

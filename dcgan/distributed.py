@@ -90,6 +90,11 @@ def mean(values: Tensor, place: Place) -> Tensor:
     return values
 
 
+def any_rank(flag: bool, place: Place) -> bool:
+    """Whether any rank's is true, on every rank."""
+    return bool(mean(torch.tensor(float(flag), device=place.device), place) > 0)
+
+
 def average_buffers(net: nn.Module, place: Place) -> None:
     """Replace every floating-point buffer (BatchNorm's running statistics) by its mean over ranks, on every rank."""
     if place.world > 1:

@@ -7,7 +7,6 @@ a checkpoint are written beside the next steps.
 
 import json
 import logging
-import math
 import os
 from collections import deque
 from collections.abc import Callable
@@ -49,7 +48,9 @@ class Keeper:
     def __init__(self, run: Run, game: Game, store: Store) -> None:
         self.run, self.game, self.store = run, game, store
         self._writer = checkpoint.Writer(run)
-        self._collapsed = False
+        self._collapsed = any(
+            map(_has_collapsed, [line for line in run.metrics() if "d_loss" in line][-1:])
+        )  # it may have been said before a restart
         self._real: tuple[wasserstein.Reference, Tensor] | None = None  # training images and their labels
         self._beside = _Beside(game.place.device) if game.place.device.type == "cuda" else None
         self._shown = deepcopy(game.sampler) if self._beside else game.sampler
@@ -101,8 +102,9 @@ class Keeper:
 
     def _warn_of_collapse(self, line: Line) -> None:
         """Record the moment at which the discriminator wins outright, once each time it happens."""
-        collapsed = line.get("d_loss", math.inf) < COLLAPSED_LOSS
-        collapsed |= line.get("d_real", 0.0) - line.get("d_fake", 1.0) > COLLAPSED_GAP
+        if "d_loss" not in line:  # of a generator's turn, with train.update=alternate
+            return
+        collapsed = _has_collapsed(line)
         if collapsed and not self._collapsed:
             message = (
                 f"the discriminator has won: loss {line['d_loss']:.3f}, D(real) {line['d_real']:.2f}, "
@@ -169,6 +171,10 @@ class _Beside:
             self.stream.wait_event(launched)
             work()
             self.stream.synchronize()
+
+
+def _has_collapsed(line: Line) -> bool:
+    return line["d_loss"] < COLLAPSED_LOSS or line["d_real"] - line["d_fake"] > COLLAPSED_GAP
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from dcgan.remote import Remote, RemoteError, in_parallel
 log = logging.getLogger(__name__)
 
 EVERY = 30  # seconds between copies of a run that is being trained
+PATIENCE = 10  # seconds for the last copy of a run that was interrupted; the same command would go on with it
 LOCAL = ("features/", ".")  # what of a run stays here
 
 
@@ -136,14 +137,17 @@ def push_run(run: Path, url: str) -> None:
     every line up to the checkpoint it resumes from. Raises RemoteError, also if the remote has a newer checkpoint.
     """
     remote, at = Remote(url), f"runs/{run.name}"
-    newest = max(_steps(remote.sizes(f"{at}/checkpoints")), default=-1)
+    there = remote.sizes(at)
+    newest = max(_steps(_checkpoints(there)), default=-1)
     if newest > max(_here(run), default=-1):
         raise RemoteError(
             f"{url}/{at} has a checkpoint of step {newest}, newer than any here: another machine went on with this "
             "run, and the command that opened it copies what that has made"
         )
     ledger = run / ".remote.json"
-    sent: dict[str, list[int]] = json.loads(ledger.read_text()) if ledger.exists() else {}
+    known = json.loads(ledger.read_text()) if ledger.exists() else {}
+    # What was sent to another address, or is there no longer, was not sent.
+    sent = {name: state for name, state in known.get("sent", {}).items() if known["url"] == url and name in there}
     steps = {path.parent for path in (run / "checkpoints").glob(f"*/{storage.MANIFEST}")}
     for name, state in sorted(_plain(run).items(), key=lambda item: (item[0] == "checkpoints/best.json", item[0])):
         if name == "checkpoints/best.json":
@@ -153,9 +157,9 @@ def push_run(run: Path, url: str) -> None:
             remote.write(f"{at}/{name}", (run / name).read_bytes())
             sent[name] = state
     kept = {step.name for step in steps}
-    gone = [name for name in remote.sizes(f"{at}/checkpoints") if "/" in name and name.partition("/")[0] not in kept]
+    gone = [name for name in _checkpoints(there) if "/" in name and name.partition("/")[0] not in kept]
     remote.remove(f"{at}/checkpoints/{name}" for name in sorted(gone))  # manifest.json before state.pt
-    storage.write_json(ledger, sent)
+    storage.write_json(ledger, {"url": url, "sent": sent})
 
 
 def _plain(run: Path) -> dict[str, list[int]]:
@@ -175,6 +179,11 @@ def _here(run: Path) -> set[int]:
     return _steps(f"{path.parent.name}/{path.name}" for path in run.glob(f"checkpoints/*/{storage.MANIFEST}"))
 
 
+def _checkpoints(names: Iterable[str]) -> list[str]:
+    """The names of a run's files that lie below checkpoints/, relative to it."""
+    return [name.removeprefix("checkpoints/") for name in names if name.startswith("checkpoints/")]
+
+
 def _steps(names: Iterable[str]) -> set[int]:
     """Those that have a manifest among files below checkpoints/."""
     found = (name.split("/") for name in names)
@@ -188,7 +197,7 @@ def pull_run(run: Path, url: str) -> bool:
     """
     remote, at = Remote(url), f"runs/{run.name}"
     there = remote.sizes(at)
-    steps = _steps(name.removeprefix("checkpoints/") for name in there if name.startswith("checkpoints/"))
+    steps = _steps(_checkpoints(there))
     here = (run / "experiment.json").exists()
     if "experiment.json" not in there or (here and max(steps, default=-1) <= max(_here(run), default=-1)):
         return False
@@ -230,21 +239,30 @@ def follow(run: Path, url: str | None) -> Iterator[None]:
     if url is None:
         yield
         return
-    stop = threading.Event()
+    stop, interrupted = threading.Event(), threading.Event()
+
+    def copy() -> None:
+        try:
+            push_run(run, url)
+        except (OSError, storage.CorruptError) as error:
+            # The remote is away, or a checkpoint was removed while it was read: the next round copies what is new.
+            log.warning("the run is not copied for now: %s", error)
 
     def watch() -> None:
         while not stop.wait(EVERY):
-            try:
-                push_run(run, url)
-            except (OSError, storage.CorruptError) as error:
-                # The remote is away, or a checkpoint was removed while it was read: the next round copies what is new.
-                log.warning("the run is not copied for now: %s", error)
+            copy()
+        if interrupted.is_set():
+            copy()
 
     thread = threading.Thread(target=watch, name="mirror", daemon=True)
     thread.start()
     try:
         yield
-    finally:
+    except BaseException:  # of which a user waits to be told, not for a remote that may be away
+        interrupted.set()
         stop.set()
-        thread.join()
+        thread.join(PATIENCE)
+        raise
+    stop.set()
+    thread.join()
     push_run(run, url)

@@ -21,7 +21,7 @@ WARM_UP, WARM_UP_OF_RANKS = 3, 11
 class Player:
     """Plays a game. `sums` and `counts` hold each metric since `restart`, summed on the device: nothing waits for it.
 
-    graph: record the steps on CUDA, unless gradients are exchanged by gloo; elsewhere it says nothing.
+    graph: record the steps on CUDA, unless gradients are exchanged by gloo; ignored elsewhere.
     """
 
     def __init__(self, game: Game, graph: bool) -> None:
@@ -52,6 +52,10 @@ class Player:
         for value in self.sums.values():
             value.zero_()
         self.counts.clear()
+
+    def close(self) -> None:
+        """Forget what was recorded: NCCL waits for graphs with its collectives before a process group can end."""
+        self._recorded.clear()
 
     def _play(self, step: int, batch: Batch) -> None:
         conditional = self.game.generator.labels

@@ -37,8 +37,14 @@ class Remote:
         import s3fs  # a second; only where something is kept at s3://
 
         self.url = url.rstrip("/")
-        # No caches: another process may have written since.
-        self._fs: Any = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False)
+        self._fs: Any = s3fs.S3FileSystem(
+            skip_instance_cache=True,
+            use_listings_cache=False,  # another process may have written since
+            config_kwargs={
+                "retries": {"total_max_attempts": 1}
+            },  # `_try` alone repeats: three in one another took 40 min
+        )
+        self._fs.retries = 1
 
     def _at(self, path: str) -> str:
         return f"{self.url}/{path}".removeprefix("s3://")

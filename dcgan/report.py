@@ -79,7 +79,8 @@ def _content(run: Run) -> dict[str, Any]:
         "strip": [_grid(run, path, CROP) for path in _evenly(grids, STRIP)],
         "charts": _charts(run, lines),
         "scores": _scores(run),
-        "scored": _scored(run),
+        "scored": summary.scored(run),
+        "scored_dataset": summary.scored_dataset(run),
         "published": _published(run),
         "facts": _facts(run, lines),
         "settings": _settings(run),
@@ -114,12 +115,13 @@ def _grid(run: Run, path: Path, images_a_side: int) -> Grid:
 
 def _charts(run: Run, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     marks = sorted({event["step"] * run.experiment.train.batch_size for event in summary.events(run)})
+    end = max([*marks, *(line["images"] for line in lines[-1:])], default=0)  # of divergence there is no line
     drawn = []
     for title, names, unit in CHARTS:
         series = {label: _points(lines, key) for key, label in names.items()}
         series = {label: points for label, points in series.items() if points}
         if series:
-            svg = charts.chart(title, series, (0, lines[-1]["images"]), marks, unit)
+            svg = charts.chart(title, series, (0, end), marks, unit)
             drawn.append({"title": title, "labels": list(series), "svg": svg})
     return drawn
 
@@ -132,7 +134,7 @@ def _points(lines: list[dict[str, Any]], key: str) -> list[charts.Point]:
 def _scores(run: Run) -> list[Score]:
     """Scores first, each with its standard deviation where draws were repeated; then the hyperparameters chosen."""
     rows = {row.metric: row for row in summary.table(run)}
-    published = PUBLISHED.get(summary.dataset(run), {})
+    published = PUBLISHED.get(summary.scored_dataset(run), {})
     scores = []
     for name, row in rows.items():
         if name.endswith("_std"):
@@ -149,8 +151,8 @@ def _scores(run: Run) -> list[Score]:
 
 
 def _published(run: Run) -> list[tuple[str, Published]]:
-    """(metric, figure) of all that was published for this data set on a metric that the run has, best first."""
-    name, measured = summary.dataset(run), {row.metric for row in summary.table(run)}
+    """(metric, figure) of all that was published for the scored data set on a metric that the run has, best first."""
+    name, measured = summary.scored_dataset(run), {row.metric for row in summary.table(run)}
     found = [item for known in (PUBLISHED, RANDOM_INIT, RAW_PIXELS) for item in known.get(name, {}).items()]
     found += [(metric, figure) for metric, figures in OTHERS.get(name, {}).items() for figure in figures]
     return sorted((item for item in found if item[0] in measured), key=lambda item: (item[0], -item[1].value))
@@ -162,12 +164,6 @@ def _cell(value: float | None, spread: float | None, is_score: bool) -> str:
     if spread is not None:
         return f"{value:.4f} ±\N{NO-BREAK SPACE}{spread:.4f}"
     return f"{value:.4f}" if is_score else f"{value:.4g}"
-
-
-def _scored(run: Run) -> str:
-    """Which checkpoints the scores are of."""
-    steps = sorted({(content["checkpoint"], content["chosen"]) for content in run.scores().values()})
-    return " and ".join(f"the {chosen} checkpoint, step {step:,}" for step, chosen in steps)
 
 
 def _facts(run: Run, lines: list[dict[str, Any]]) -> list[tuple[str, str]]:
@@ -202,7 +198,7 @@ def _settings(run: Run) -> list[dict[str, Any]]:
 
 
 def _differs(value: str, default: Any) -> bool:
-    return default is ... or value != (default if isinstance(default, str) else json.dumps(default))
+    return default is ... or value != config.text(default)
 
 
 def _data(run: Run) -> dict[str, Any] | None:

@@ -2,6 +2,8 @@
 
 experiment.json   the experiment and the fingerprints of its image store and of the one it is scored on
 metrics.jsonl     one line every `train.log_every` steps
+events.jsonl      what went wrong or looked wrong in training
+environment.json  where and with what it was trained
 checkpoints/      <step>/ and best.json
 samples/          <step>.png
 features/         <source>-<step>-<fingerprint>/, see dcgan/features.py
@@ -93,15 +95,15 @@ class Run:
     def features(self) -> Path:
         return self.path / "features"
 
-    def store(self, verify: bool = False) -> Store:
-        """The images trained on, copied from `data.remote` first if they are not here."""
-        return self._open(self.fingerprint, verify)
+    def store(self, verify: bool = False, share: tuple[int, int] = (0, 1)) -> Store:
+        """The images trained on, copied from `data.remote` first if they are not here; see `Store.open`."""
+        return self._open(self.fingerprint, verify, share)
 
     def scored_store(self) -> Store:
         """The images that features are scored on: those trained on, unless `evaluate.images` says otherwise."""
-        return self._open(self.scored, verify=False)
+        return self._open(self.scored)
 
-    def _open(self, fingerprint: str, verify: bool) -> Store:
+    def _open(self, fingerprint: str, verify: bool = False, share: tuple[int, int] = (0, 1)) -> Store:
         data, path = self.experiment.data, self.home / "stores" / fingerprint
         if data.remote:
             from dcgan import mirror
@@ -110,16 +112,16 @@ class Run:
                 mirror.touch(path)
             else:
                 mirror.pull_store(self.home, data.remote, fingerprint, data.cache_gb)
-        return Store.open(self.home, fingerprint, verify)
+        return Store.open(self.home, fingerprint, verify, share)
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl so far; a last line that is still being written is left out."""
         return read_lines(self.path / "metrics.jsonl")
 
     def scores(self) -> dict[str, dict[str, Any]]:
-        """Protocol to the content of its scores/<protocol>.json, see `stages.evaluate`."""
-        files = sorted((self.path / "scores").glob("*.json"))
-        return {file.stem: json.loads(file.read_text()) for file in files}
+        """Protocol to the content of its scores/<protocol>.json, see `stages.evaluate`; not those of other images."""
+        found = {file.stem: json.loads(file.read_text()) for file in sorted((self.path / "scores").glob("*.json"))}
+        return {name: content for name, content in found.items() if content.get("images", self.scored) == self.scored}
 
     @contextmanager
     def lock(self) -> Iterator[None]:

@@ -85,10 +85,11 @@ def train(run: Run, progress: Progress | None = None) -> None:
     """Train the run to its last step, from the newest checkpoint; `progress` gets each metrics line as it appears.
 
     `compute.workers` Ray Train workers do it, or this process if that is 0. MLflow is told meanwhile.
-    Raises DivergedError, what the worker raised, or, before anything starts, BusyError, IncompatibleError or
-    CorruptError.
+    SIGTERM ends it with a checkpoint and KeyboardInterrupt, or whatever else SIGTERM was to do (`dcgan.preemption`).
+    Raises DivergedError; WorkerError or, without Ray, what the loop raised; or, before anything starts, BusyError,
+    IncompatibleError or CorruptError.
     """
-    from dcgan import checkpoint, mirror, tracking
+    from dcgan import checkpoint, mirror, preemption, tracking
 
     with run.lock():  # held by the worker once it runs; here it tells early that another process trains this run
         newest = checkpoint.latest(run)
@@ -97,35 +98,43 @@ def train(run: Run, progress: Progress | None = None) -> None:
         if int(newest.name) >= run.experiment.train.steps:
             _push(run)
             return
-    with mirror.follow(run.path, run.experiment.data.remote), tracking.follow(run), _progress(run, progress):
-        if run.experiment.compute.workers == 0:
-            train_here(str(run.path))
-        else:
-            from dcgan import cluster_train
+    with (
+        mirror.follow(run.path, run.experiment.data.remote),
+        tracking.follow(run),
+        _progress(run, progress),
+    ):
+        with preemption.awaited(run):
+            if run.experiment.compute.workers == 0:
+                train_here(str(run.path))
+            else:
+                from dcgan import cluster_train
 
-            cluster_train.launch(train_here, (str(run.path),), run.experiment.compute, run.home, run.name)
-        _raise_if_diverged(run)
+                cluster_train.launch(train_here, (str(run.path),), run.experiment.compute, run.home, run.name)
+        _raise_if_it_ended_early(run)
 
 
 def train_here(path: str) -> None:
     """Train the run at `path` in this process; what each Ray worker calls.
 
-    Divergence is left to `train` to raise from the run's record: a restarted worker would only diverge again.
+    Divergence and a stop are left to `train` to raise from the run's record: no worker is to be started again for them.
     """
     from dcgan import train as loop
 
     try:
         loop.train(Run.open(Path(path)))
-    except loop.DivergedError:
+    except (loop.DivergedError, loop.StoppedError):
         return
 
 
-def _raise_if_diverged(run: Run) -> None:
-    from dcgan.train import DivergedError
+def _raise_if_it_ended_early(run: Run) -> None:
+    from dcgan import checkpoint
+    from dcgan.train import DivergedError, StoppedError
 
     for event in read_lines(run.path / "events.jsonl"):
         if event["event"] == "non_finite":
             raise DivergedError(f"run {run.name}: {event['message']}")
+    if (step := max(checkpoint.steps(run), default=0)) < run.experiment.train.steps:
+        raise StoppedError(f"run {run.name} was stopped at step {step}, which is kept; the same command goes on")
 
 
 @contextmanager
@@ -185,8 +194,9 @@ def evaluate(run: Run, protocol: Protocol) -> dict[str, dict[str, float]]:
     Returns {"discriminator": {metric: value}, "random_init": ..., "raw_pixels": ...} and writes it, with the settings,
     to scores/<protocol>.json; scores of the same checkpoint and settings are not computed again.
     """
-    from dcgan import checkpoint
+    from dcgan import checkpoint, summary
     from dcgan.evaluate import EVALUATORS
+    from dcgan.evaluate.samples import computing_on
 
     settings, store = run.experiment.evaluate, run.scored_store()
     step = int(checkpoint.chosen(run).name)
@@ -205,14 +215,12 @@ def evaluate(run: Run, protocol: Protocol) -> dict[str, dict[str, float]]:
     labels = {split: classes(split) for split in store.scored}
     scores = {}
     for name in REPRESENTATIONS:
-        features = {split: representation(run, name, split) for split in labels}
-        if "test" not in labels:  # a data set of one split, which is clustered whole
-            features["test"], labels["test"] = features["train"][:0], labels["train"][:0]
-        held = (features["validation"], labels["validation"]) if "validation" in labels else None
-        scores[name] = EVALUATORS[protocol](
-            features["train"], labels["train"], features["test"], labels["test"], settings, held
-        )
-    content = {**described, "seconds": time.perf_counter() - began, "scores": scores}
+        splits = {split: (representation(run, name, split), labels[split]) for split in labels}
+        train = splits["train"]
+        test = splits.get("test", (train[0][:0], train[1][:0]))  # none of a data set that is clustered whole
+        with computing_on(run.experiment.compute.device):
+            scores[name] = EVALUATORS[protocol](*train, *test, settings, splits.get("validation"))
+    content = {**described, "commit": summary.commit(), "seconds": time.perf_counter() - began, "scores": scores}
     storage.write_json(run.path / "scores" / f"{protocol}.json", content)
     return scores
 

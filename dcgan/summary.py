@@ -1,6 +1,7 @@
 """What a run came to, in words and one table: made from the run directory, shown by MLflow and by the report."""
 
 import importlib.metadata
+import json
 import os
 import platform
 import shlex
@@ -16,6 +17,8 @@ from dcgan.run import Run, read_lines
 
 CONTROLS = ("random_init", "raw_pixels")
 HEADER = ("metric", "discriminator", "random init", "raw pixels")
+CODE = (":/dcgan", ":/flows", ":/constraints.txt")  # what decides a result, for git
+COMMAND_SECONDS = 30
 PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "prefect", "ray", "mlflow")
 
 
@@ -92,8 +95,9 @@ def headline(run: Run) -> str:
     best = max((row for row in main_rows(run) if row.features is not None), key=_worth, default=None)
     if best is None:
         return f"{trained}; its features have not been scored."
+    images = f" on {scored_dataset(run)}" if run.scored != run.fingerprint else ""
     against = f", and {best.random_init:.1%} without training" if best.random_init is not None else ""
-    return f"{trained}; its discriminator's features have {best.features:.1%} in {best.metric}{against}."
+    return f"{trained}; its discriminator's features have {best.features:.1%} in {best.metric}{images}{against}."
 
 
 def _worth(row: Row) -> float:
@@ -124,6 +128,11 @@ def dataset(run: Run) -> str:
     return run.name.rpartition("-")[0]
 
 
+def scored_dataset(run: Run) -> str:
+    """The data set whose images are scored, as `dataset` calls it."""
+    return run.experiment.evaluate.images or dataset(run)
+
+
 def events(run: Run) -> list[dict[str, Any]]:
     """The lines of events.jsonl: what went wrong or looked wrong in training, with step and message."""
     return read_lines(run.path / "events.jsonl")
@@ -132,11 +141,25 @@ def events(run: Run) -> list[dict[str, Any]]:
 def command(run: Run) -> str:
     """The command that repeats the run: its preset and every setting that differs from it, but for the home."""
     wanted = run.experiment.flat()
-    name, source = run.experiment.data.name, run.experiment.data.source
-    words = [f"data.source={source}"] if source else []
+    name, source = run.experiment.data.name, wanted["data.source"]
+    words = [f"data.source={source}"] if run.experiment.data.source else []
     preset = config.build(name, words).flat()  # with the source, without which `folder` is no experiment
     words += [f"{key}={value}" for key, value in wanted.items() if preset[key] != value and key != "data.home"]
     return shlex.join(["dcgan", "run", name, *words])
+
+
+def scored(run: Run) -> str:
+    """Which checkpoint the scores are of; "" if there are none. Scores with another setting than the run's name it."""
+    now = run.experiment.evaluate.model_dump(mode="json")
+    groups: dict[str, list[str]] = {}
+    for protocol, content in run.scores().items():
+        words = f"the {content['chosen']} checkpoint, step {content['checkpoint']:,}"
+        own = {key: value for key, value in content.get("settings", {}).items() if now.get(key, value) != value}
+        words += "".join(f", evaluate.{key}={config.text(value)}" for key, value in own.items())
+        groups.setdefault(words, []).append(protocol)
+    if len(groups) == 1:
+        return next(iter(groups))
+    return "; ".join(f"{', '.join(protocols)}: {words}" for words, protocols in groups.items())
 
 
 def environment() -> dict[str, Any]:
@@ -149,6 +172,20 @@ def environment() -> dict[str, Any]:
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
         **_git(),
     }
+
+
+def commit() -> str:
+    """Of the code that runs, and whether it differs from that; "" if it is in no git checkout."""
+    return _commit(_git())
+
+
+def trained_by(run: Run) -> str:
+    """The commit of the code that trained a run."""
+    return _commit(json.loads((run.path / "environment.json").read_text()))
+
+
+def _commit(found: dict[str, Any]) -> str:
+    return found["git_commit"][:12] + (" (changed)" if found["git_changed"] else "")
 
 
 def _version(package: str) -> str | None:
@@ -170,13 +207,16 @@ def _git() -> dict[str, Any]:
         return {"git_commit": "", "git_changed": False}  # installed, perhaps inside another project's checkout
     return {
         "git_commit": _output([*git, "rev-parse", "HEAD"]),
-        "git_changed": bool(_output([*git, "status", "--porcelain", "--untracked-files=no"])),
+        "git_changed": bool(_output([*git, "status", "--porcelain", "--untracked-files=no", "--", *CODE])),
     }
 
 
 def _output(command: list[str]) -> str:
-    """What a command prints, or "" if it is not installed or fails."""
+    """What a command prints, or "" if it is not installed, fails, or hangs, as one of a device in trouble may."""
     if shutil.which(command[0]) is None:
         return ""
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return ""
     return done.stdout.strip() if done.returncode == 0 else ""

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dcgan.run import Run
-from dcgan.summary import HEADER, score_rows
+from dcgan.summary import HEADER, score_rows, scored
 
 SHOWN = (
     ("d_loss", "loss D", 3),
@@ -22,14 +22,7 @@ def text_table(run: Run) -> str:
     rows = [HEADER, *score_rows(run)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([_scored(run), "", *lines])
-
-
-def _scored(run: Run) -> str:
-    scored = sorted({(content["checkpoint"], content["chosen"]) for content in run.scores().values()})
-    if not scored:
-        return f"{run.name}: not scored yet"
-    return f"{run.name}: " + " and ".join(f"{chosen} checkpoint, step {step:,}" for step, chosen in scored)
+    return "\n".join([f"{run.name}: {scored(run) or 'not scored yet'}", "", *lines])
 
 
 def progress_line(line: dict[str, Any], steps: int) -> str:

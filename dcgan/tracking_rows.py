@@ -9,18 +9,26 @@ from mlflow.exceptions import MlflowException
 
 from dcgan import tracking, tracking_run
 
+TOKEN = "dcgan.token"
 
-def log(home: Path, experiment: str, name: str, metrics: dict[str, float], params: dict[str, Any], text: str) -> str:
-    """Create the finished run of a row; its id. metrics: `measured/<column>`, `published/<column>` and the like.
 
-    text: the run's description, Markdown. Raises TrackingError if MLflow can't be reached or refuses.
+def log(
+    home: Path, experiment: str, name: str, token: str, metrics: dict[str, float], params: dict[str, Any], text: str
+) -> None:
+    """Create the finished run of a row, unless one of this token is there.
+
+    metrics: `measured/<column>`, `published/<column>` and the like. text: the run's description, Markdown. Raises
+    TrackingError if MLflow can't be reached or refuses.
     """
     address = tracking.without_password(tracking.uri(home))
     with tracking_run.failures(address):
         client: MlflowClient = tracking_run.connect(home)
         now = tracking.milliseconds()
         tags = {"mlflow.source.name": "dcgan", "mlflow.source.type": "LOCAL", "mlflow.note.content": text}
-        run = client.create_run(tracking_run.experiment(client, home, experiment), now, run_name=name)
+        where, mine = tracking_run.experiment(client, home, experiment), f"tags.`{TOKEN}` = '{token}'"
+        if client.search_runs([where], f"{mine} AND attributes.status = 'FINISHED'", max_results=1):
+            return
+        run = client.create_run(where, now, {TOKEN: token}, name)
         try:
             client.log_batch(
                 run.info.run_id,
@@ -33,4 +41,3 @@ def log(home: Path, experiment: str, name: str, metrics: dict[str, float], param
             client.set_terminated(run.info.run_id, "FAILED")
             raise
         client.set_terminated(run.info.run_id, "FINISHED")
-    return run.info.run_id

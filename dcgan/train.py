@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from dcgan import checkpoint, distributed, memory, models, storage
+from dcgan import checkpoint, distributed, memory, models, preemption, storage
 from dcgan.config import is_for_users
 from dcgan.data.batches import Batches
 from dcgan.data.store import Store
@@ -30,18 +30,23 @@ class DivergedError(RuntimeError):
     """A loss or gradient is no longer finite; the message gives the step and what went wrong."""
 
 
+class StoppedError(RuntimeError):
+    """Training was asked to end, and kept a checkpoint of the step that the message gives."""
+
+
 def train(run: Run) -> None:
     """Train a run from its newest checkpoint, or from the start, to `train.steps`. Every rank calls this.
 
     Rank 0 writes metrics, samples, checkpoints and events into the run; interrupted at any line, the same call goes on.
-    Raises DivergedError, BusyError, IncompatibleError, CorruptError if a byte of the images is not as stored, or
-    ValueError for settings that don't fit them.
+    Raises DivergedError, StoppedError, BusyError, IncompatibleError, CorruptError if a byte of the images is not as
+    stored, or ValueError for settings that don't fit them.
     """
     settings = run.experiment.train
     memory.keep()
     with distributed.join(run.experiment.compute.device) as place, run.lock() if place.first else nullcontext():
         # Announce what this run is.
-        store = run.store(verify=place.first)
+        # Each rank compares a share of the bytes: the others would not wait for one to read hundreds of GB.
+        store = run.store(verify=True, share=(place.rank, place.world))
         data = Batches(store, store.training, settings.batch_size, settings.seed, place, run.experiment.model)
         game = _start(run, store, place)
         newest = checkpoint.latest(run) if place.first else None
@@ -52,20 +57,21 @@ def train(run: Run) -> None:
         if start >= settings.steps:
             return
 
-        # Begin.
+        # Draw what there is before the first step.
         player, window = Player(game, run.experiment.compute.graph), Window(start, settings.batch_size, place)
-        keeper = Keeper(run, game, store) if place.first else None
-        with closing(data.from_step(start)) as stream, closing(keeper) if keeper else nullcontext():
+        keeper, is_asked = Keeper(run, game, store) if place.first else None, preemption.Request(run, place)
+        with closing(player), closing(data.from_step(start)) as stream, closing(keeper) if keeper else nullcontext():
             if start == 0 and keeper is not None:
                 keeper.keep(0, line=None, drawing=True)
 
-            # Play.
+            # Train.
             for step, batch in zip(range(start, settings.steps), stream, strict=False):
                 player.play(step, batch)
 
                 # After a step: read the metrics now and then, and keep what is worth keeping.
                 done = step + 1
-                saving = done % settings.checkpoint_every == 0 or done == settings.steps
+                stopping = is_asked(together=done % settings.log_every == 0)
+                saving = done % settings.checkpoint_every == 0 or done == settings.steps or stopping
                 drawing = done % settings.sample_every == 0 or done == settings.steps
                 line = None
                 if saving or drawing:
@@ -78,6 +84,10 @@ def train(run: Run) -> None:
                     keeper.keep(done, line, saving, drawing)
                 if line is not None:
                     window.restart(player)
+                if stopping:
+                    break
+    if done < settings.steps:
+        raise StoppedError(f"run {run.name} was stopped at step {done}, which is kept; the same command goes on")
 
 
 class Window:
@@ -130,9 +140,8 @@ def _resume(run: Run, game: Game, newest: Path | None, place: Place) -> int:
 def _cut(run: Run, step: int) -> None:
     """Drop lines written after the checkpoint that training goes on from: those steps will be played again."""
     for name in ("metrics.jsonl", "events.jsonl"):
-        lines = read_lines(run.path / name)
-        kept = "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step)
-        if lines:
+        kept = "".join(json.dumps(line) + "\n" for line in read_lines(run.path / name) if line["step"] <= step)
+        if (run.path / name).is_file():  # even with no whole line in it: a part of one would spoil the next
             storage.write_bytes(run.path / name, kept.encode())
 
 
@@ -160,7 +169,11 @@ if __name__ == "__main__":
         raise SystemExit(__doc__)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        train(Run.open(Path(sys.argv[1])))
+        opened = Run.open(Path(sys.argv[1]))
+        with preemption.awaited(opened):
+            train(opened)
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from here")
     except (ValueError, OSError, RuntimeError) as error:
         if not is_for_users(error):
             raise

@@ -3,11 +3,12 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import prefect.runtime.flow_run
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact
+from pydantic import Field
 
 from dcgan.reproduce import TABLES, measure, page, record
 from dcgan.reproduce.rows import check, home
@@ -27,7 +28,7 @@ def reproduce(
     table: TableName,
     rows: Sequence[str] = (),
     overrides: Sequence[str] = (),
-    seeds: int = 1,
+    seeds: Annotated[int, Field(ge=1)] = 1,
     results: str | None = None,
 ) -> dict[str, Any]:
     """Measure the rows of a table of the literature and write them beside what was published.
@@ -43,13 +44,13 @@ def reproduce(
         page (its path) and rows ({row: record}). A row that could not be measured says why and fails nothing.
     """
     wanted = [row.key for row in measure.choose(table, rows)]  # refused before anything starts
-    check(overrides)
+    check(overrides, seeds)
     logging.getLogger("dcgan").setLevel(logging.INFO)
-    found = {row: tasks.measure_row(table, row, overrides, seeds) for row in wanted}
-    directory = Path(results) if results else home(overrides)
-    record.keep(directory, table, found)
-    for row, content in found.items():
-        get_run_logger().info("%s: %s", row, record.words(TABLES[table], content))
+    directory, found = Path(results).expanduser() if results else home(overrides), {}
+    for row in wanted:
+        found[row] = tasks.measure_row(table, row, overrides, seeds)
+        record.keep(directory, table, {row: found[row]})  # what is measured is kept if a later row breaks
+        get_run_logger().info("%s: %s", row, record.words(TABLES[table], found[row]))
     create_markdown_artifact(
         page.tables({table: TABLES[table]}, {table: record.read(directory, table)}),
         key=tasks.artifact_key("reproduce", table),

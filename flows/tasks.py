@@ -29,9 +29,10 @@ def artifact_key(*words: str) -> str:
     return "-".join(words).replace("_", "-")
 
 
-def _is_download(task: Any, task_run: TaskRun, state: State) -> bool:
-    """Whether the network failed. Wrong settings, missing and corrupt files would only fail again."""
-    return isinstance(state.result(raise_on_failure=False), DownloadError | RemoteError)
+def _is_transient(task: Any, task_run: TaskRun, state: State) -> bool:
+    """Whether the network failed. Wrong settings and addresses, missing and corrupt files would only fail again."""
+    error = state.result(raise_on_failure=False)
+    return isinstance(error, RemoteError) or (isinstance(error, DownloadError) and error.transient)
 
 
 @task(
@@ -39,21 +40,22 @@ def _is_download(task: Any, task_run: TaskRun, state: State) -> bool:
     cache_policy=NO_CACHE,
     retries=3,
     retry_delay_seconds=[10, 60, 120],
-    retry_condition_fn=_is_download,
-    timeout_seconds=6 * HOUR,
+    retry_condition_fn=_is_transient,
+    timeout_seconds=None,
 )
 def ingest(preset: str, overrides: Sequence[str]) -> str:
     """Put the images into a store; the directory of the run.
 
-    Retried, more and more slowly, when a download fails, and only then. Six hours are enough to decode ten million
-    images on one core. A data set that was ingested before costs a look at its index.
+    Retried, more and more slowly, when the network fails, and only then. No time limit: LSUN's 46 GB take a slow line a
+    day, and a server that sends nothing is given up by the download itself. A data set that was ingested before costs
+    a look at its index.
     """
     return str(stages.ingest(config.build(preset, overrides)).path)
 
 
 @task(task_run_name="train", cache_policy=NO_CACHE, retries=0, timeout_seconds=None)
 def train(run: str) -> str:
-    """Train to the last step, from the newest checkpoint; the run's directory again, for whom it is ready.
+    """Train to the last step, from the newest checkpoint; the run's directory again, so that later tasks wait for it.
 
     Not retried here: Ray restarts workers that die, `compute.max_failures` times, and what then still fails does so
     for a reason. No time limit: the number of steps is one, and Ray notices workers that hang.
@@ -68,7 +70,7 @@ def extract(run: str) -> str:
     """Write the feature banks; the run's directory again.
 
     Retried once, because what can fail is the machine (memory, disk); each bank is whole or absent, so what is done
-    is not done again. The time limit is far above what an hour of training on the same images would have cost.
+    is not done again. Six hours are enough for ten million images on one core.
     """
     stages.extract(Run.open(Path(run)))
     return run
@@ -97,7 +99,7 @@ def report(run: str) -> str:
 def measure_row(table: str, row: str, overrides: Sequence[str], seeds: int) -> dict[str, Any]:
     """Measure one row of a table: its record.
 
-    Not retried: what can fail for want of data or weights is a record that says so, and what was measured with one
+    Not retried: what fails for lack of data or weights is a record that says so, and what was measured with one
     seed is kept for the next flow run. No time limit: a row may train for days.
     """
     from dcgan.reproduce import measure  # every evaluator there is: only for who needs them

@@ -45,10 +45,8 @@ def _born(pid: int) -> str | None:
 def _recorded(name: str) -> tuple[int, str] | None:
     """A service's pid and port (empty if it has none), if it runs: it, not another that has got its number since."""
     file = SERVICES / f"{name}.pid"
-    if not file.is_file():
-        return None
-    pid, born, *port = file.read_text().split()
-    return (int(pid), "".join(port)) if _born(int(pid)) == born else None
+    pid, born, port = [*(file.read_text().split() if file.is_file() else []), "", "", ""][:3]
+    return (int(pid), port) if pid and _born(int(pid)) == born else None
 
 
 def _address(name: str, port: str) -> str:
@@ -121,7 +119,13 @@ class Service:
                 env={**os.environ, **ENVIRONMENT},
                 start_new_session=True,
             )
-        self.pid_file.write_text(f"{process.pid} {_born(process.pid)} {port or ''}".rstrip())
+        try:
+            aside = self.pid_file.with_suffix(".new")
+            aside.write_text(f"{process.pid} {_born(process.pid)} {port or ''}".rstrip())
+            aside.replace(self.pid_file)
+        except OSError:  # one that is not recorded could not be stopped
+            os.killpg(process.pid, signal.SIGTERM)
+            raise
 
     def _claim(self, port: int) -> None:
         with socket.socket() as probe:

@@ -160,14 +160,18 @@ class Store:
     manifest: dict[str, Any]
 
     @classmethod
-    def open(cls, home: Path, fingerprint: str, verify: bool = False) -> "Store":
+    def open(cls, home: Path, fingerprint: str, verify: bool = False, share: tuple[int, int] = (0, 1)) -> "Store":
+        """The store of this name in a home. share: of (i, n) every n-th file from i on is compared with its hash.
+
+        Raises FileNotFoundError if it is not there.
+        """
         path = home / "stores" / fingerprint
         if not path.is_dir():
             raise FileNotFoundError(f"no image store {fingerprint} under {home / 'stores'}: run `dcgan ingest` first")
         manifest = path / storage.MANIFEST
         if manifest.is_file() and storage.fingerprint(path) != fingerprint:
             raise storage.CorruptError(f"{manifest} is corrupt: its hash is not the store's name")
-        return cls(path, storage.read_manifest(path, hashes=verify))
+        return cls(path, storage.read_manifest(path, hashes=verify, share=share))
 
     @property
     def fingerprint(self) -> str:

@@ -1,6 +1,8 @@
 """What the protocols share: checked input, features standardised a block at a time, stratified choices of rows."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -105,10 +107,24 @@ class Samples:
             yield where, (chosen - self.mean[where]).mul_(self.inverse_scale[where])
 
 
+_device: ContextVar[str] = ContextVar("device", default="auto")
+
+
+@contextmanager
+def computing_on(wanted: str) -> Iterator[None]:
+    """Have protocols compute in the body where an experiment's `compute.device` says: auto, cpu or cuda."""
+    before = _device.set(wanted)
+    try:
+        yield
+    finally:
+        _device.reset(before)
+
+
 def device(wanted: str = "auto") -> str:
-    """`wanted`, or for "auto" cuda where there is one, else cpu."""
-    if wanted != "auto":
-        return wanted
+    """`wanted`, or for "auto" what `computing_on` says, or for "auto" there, too, cuda where there is one, else cpu."""
+    for one in (wanted, _device.get()):
+        if one != "auto":
+            return one
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -191,7 +207,7 @@ def check_neighbours(settings: Evaluate, count: int, validation: bool) -> None:
 
 
 def labelled(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Sorted rows of a random subset of `count` labels (0: all) that keeps the classes' shares to within one image.
+    """Sorted rows, int64, of a random subset of `count` labels (0: all) that keeps the classes' shares to one image.
 
     Raises ValueError if there are fewer than `count` labels, or too few are asked for to have each class among them.
     """
@@ -223,12 +239,12 @@ def hold_out(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw(labels: np.ndarray, per_class: int, seed: tuple[int, ...]) -> np.ndarray:
-    """Sorted rows of `per_class` random labels of each class. Raises ValueError if a class has fewer."""
+    """Sorted rows, int64, of `per_class` random labels of each class. Raises ValueError if a class has fewer."""
     classes, sizes = np.unique(labels, return_counts=True)
     if sizes.min() < per_class:
         raise ValueError(
             f"evaluate.labels_per_class={per_class}, but class {classes[sizes.argmin()]} has {sizes.min()} labels "
-            "in train after a fifth is held out"
+            "to draw from"
         )
     return _choose(labels, dict.fromkeys(classes, per_class), np.random.default_rng(seed))
 

@@ -18,16 +18,18 @@ SGAN = "Huang et al., Stacked GAN, CVPR 2017"
 SPREAD = {"inception_score": "10 splits", "kid": "100 subsets"}
 
 
-def _measure(words: tuple[str, ...], setting: Setting) -> Measured:
-    experiment = setting.experiment("cifar10", *words)
+def _measure(conditional: bool, setting: Setting) -> Measured:
+    words = f"model.conditional={str(conditional).lower()}"
+    experiment = setting.experiment("cifar10", words)
+    if experiment.model.conditional is not conditional:
+        raise ValueError(f"{words} is what this row is of: it can't be set otherwise")
     if experiment.evaluate.inception is None:
         raise ValueError(f"no weights: evaluate.inception names no file; {image_quality.WEIGHTS} is wanted")
     weights = Path(experiment.evaluate.inception)
-    image_quality.load(weights, "cpu")  # refused before hours of training
-    run = setting.trained("cifar10", *words)
-    store = run.store()
+    store, _ = setting.images("cifar10")
     reference = np.asarray(store.images("train"))
-    calibration = _calibration(setting, reference, weights)
+    calibration = _calibration(setting, reference, weights)  # refused before hours of training
+    run = setting.trained("cifar10", words)
     generator = checkpoint.load_generator(checkpoint.chosen(run))
     chunks = sampling.sampled(
         generator, run.experiment.model, len(store.classes), COUNT, setting.seed, torch.device(device())
@@ -51,8 +53,8 @@ def _measure(words: tuple[str, ...], setting: Setting) -> Measured:
 
 
 def _calibration(setting: Setting, images: np.ndarray, weights: Path) -> image_quality.Calibration:
-    """Once for these weights; what they give is kept."""
-    file = setting.directory.parent / "calibration.json"
+    """Once for these weights and all rows; what they give is kept."""
+    file = setting.directory.parent.parent / "calibration.json"
     if file.is_file():
         known: image_quality.Calibration = json.loads(file.read_text())
         if known["weights_sha256"] == storage.sha256(weights):
@@ -77,14 +79,14 @@ TABLE = Table(
             "DCGAN, without labels",
             {"inception_score": Figure(6.16, 0.07)},
             SGAN,
-            partial(_measure, ()),
+            partial(_measure, False),
         ),
         Row(
             "conditional",
             "DCGAN, with labels",
             {"inception_score": Figure(6.58)},
             WANG,
-            partial(_measure, ("model.conditional=true",)),
+            partial(_measure, True),
         ),
     ),
     "By torch-fidelity from a local file of the original's weights, `evaluate.inception=FILE`. They have to give "

@@ -1,7 +1,9 @@
 """Measure rows of a table: each once for each seed, kept on disk, delivered to MLflow, shown beside what was published.
 
 A row that can't be measured (no data, no weights) says why and stops no other. What was measured is kept under
-`<home>/reproduced/<table>/<row>/`, so the same command goes on where it stopped; deleting a file there measures anew.
+`<home>/reproduced/<table>/<row>/`, so the same command goes on where it stopped. To measure anew, delete the file
+there and, of a row that trains, its run or the scores in it. What was measured by other code, a run that was there
+already or its scores, has the commit of that code in the record, too.
 """
 
 import dataclasses
@@ -11,7 +13,7 @@ import re
 import shlex
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,8 +21,9 @@ from typing import Any
 
 from dcgan import config, stages, storage, summary, tracking
 from dcgan.config import digest
+from dcgan.evaluate.samples import computing_on
 from dcgan.reproduce import TABLES, record
-from dcgan.reproduce.rows import Figure, Measured, Row, Setting, check, home
+from dcgan.reproduce.rows import Figure, Measured, Row, Setting, check, given, home
 from dcgan.run import Run
 
 log = logging.getLogger(__name__)
@@ -53,7 +56,7 @@ def reproduce(
 
     Raises ValueError, before any work, for a table, row or override that is unknown.
     """
-    check(overrides)
+    check(overrides, seeds)
     rows = choose(table, names)
     directory = results or home(overrides)
     for row in rows:
@@ -66,6 +69,7 @@ def reproduce(
 
 def one(table: str, name: str, overrides: Sequence[str], seeds: int) -> dict[str, Any]:
     """The record of one row: what was measured, or why nothing was; see `record`."""
+    check(overrides, seeds)
     (row,) = choose(table, [name])
     words = shlex.join(["dcgan", "reproduce", table, row.key, *_seeds(seeds), *overrides])
     try:
@@ -77,7 +81,7 @@ def one(table: str, name: str, overrides: Sequence[str], seeds: int) -> dict[str
         return {**_where(), "command": words, "reason": f"not measured: {reason}"}
     measured = together([record.measured(kept["measured"]) for kept in found])
     content = {
-        **{key: found[-1][key] for key in ("hardware", "commit", "date")},
+        **{key: ", ".join(dict.fromkeys(kept[key] for kept in found)) for key in ("hardware", "commit", "date")},
         **dataclasses.asdict(measured),
         "command": words,
         "seconds": sum(kept["seconds"] for kept in found),
@@ -96,13 +100,22 @@ def _once(table: str, row: Row, overrides: tuple[str, ...], seed: int) -> dict[s
     file = directory / f"{name}.json"
     if file.is_file():
         return json.loads(file.read_text())
-    began = time.perf_counter()
+    began, where = time.perf_counter(), _where()  # with the code that measures: it may change before the end
     setting = Setting(overrides, seed, directory / name)
-    with _ended(setting.runs):
+    with _ended(setting.runs), computing_on(given(overrides, "compute.device") or "auto"):
         measured = row.measure(setting)
+        where["commit"] = ", ".join(dict.fromkeys([*_commits(setting.runs.values()), where["commit"]]))
         seconds = time.perf_counter() - began
-        storage.write_json(file, {**_where(), "seconds": seconds, "measured": dataclasses.asdict(measured)})
+        storage.write_json(file, {**where, "seconds": seconds, "measured": dataclasses.asdict(measured)})
     return json.loads(file.read_text())
+
+
+def _commits(runs: Iterable[Run]) -> Iterator[str]:
+    """Of the code that trained the runs and scored them."""
+    for run in runs:
+        yield summary.trained_by(run)
+        for content in run.scores().values():
+            yield content["commit"]
 
 
 @contextmanager
@@ -141,11 +154,11 @@ def _seeds(seeds: int) -> list[str]:
 
 
 def _where() -> dict[str, Any]:
-    """What the figures were measured on, with which code, when."""
+    """What the figures are measured on, with which code, when."""
     environment = summary.environment()
     return {
         "hardware": "; ".join([environment["cpu"], *environment["gpu"]]),
-        "commit": environment["git_commit"][:12] + (" (changed)" if environment["git_changed"] else ""),
+        "commit": summary.commit(),
         "date": datetime.now(UTC).date().isoformat(),
     }
 
@@ -162,6 +175,6 @@ def _deliver(table: str, row: Row, content: dict[str, Any], where: Path) -> None
     params = {key: content[key] for key in ("scale", "seeds", "seconds", "command", "commit", "hardware", "date")}
     params |= {"runs": " ".join(content["runs"]), "source": row.source or "-"}
     try:
-        tracking_rows.log(where, f"reproduce-{table}", row.key, metrics, params, row.method)
+        tracking_rows.log(where, f"reproduce-{table}", row.key, digest(content), metrics, params, row.method)
     except tracking.TrackingError as error:
         log.warning("%s; the row is kept in %s", error, where / "reproduced")

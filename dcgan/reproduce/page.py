@@ -91,7 +91,7 @@ def _origin(row: Row, record: dict[str, Any] | None) -> Iterator[str]:
         record["scale"],
         *(f"± over {of}" for of in sorted(spreads)),
         *(f"{key}: {_value(value)}" for key, value in record["choices"].items()),
-        _duration(record["seconds"]),
+        f"the command took {_duration(record['seconds'])}",
         record["hardware"],
         f"commit {record['commit']}" if record["commit"] else "no commit",
         record["date"],

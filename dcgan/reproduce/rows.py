@@ -64,13 +64,12 @@ class Setting:
 
         An override may be for one preset: `cifar10/data.source=DIRECTORY`.
         """
-        own = [word for word in map(_Override.read, self.overrides) if word.preset in ("", preset)]
         seeds = (f"train.seed={self.seed}", f"evaluate.seed={self.seed}")
-        return config.build(preset, [*words, *seeds, *(f"{o.key}={o.value}" for o in own)])
+        return config.build(preset, [*words, *seeds, *_Override.of(self.overrides, preset)])
 
-    def images(self, preset: DataSet) -> tuple[Store, Evaluate]:
+    def images(self, preset: DataSet, *words: str) -> tuple[Store, Evaluate]:
         """The preset's images, ingested if they were not, and its settings of evaluation."""
-        experiment = self.experiment(preset)
+        experiment = self.experiment(preset, *words)
         return stages.images(experiment, experiment.data), experiment.evaluate
 
     def trained(self, preset: DataSet, *words: str) -> Run:
@@ -102,6 +101,11 @@ class _Override(NamedTuple):
             raise ValueError(f"override {word!r}: {preset!r} is no preset{config.meant(preset, config.PRESETS)}")
         return cls(preset, rest, value) if slash else cls("", key, value)
 
+    @classmethod
+    def of(cls, words: Sequence[str], preset: str) -> list[str]:
+        """Those that are for a preset, as `config.build` takes them."""
+        return [f"{one.key}={one.value}" for one in map(cls.read, words) if one.preset in ("", preset)]
+
 
 @dataclass(frozen=True)
 class Row:
@@ -129,9 +133,16 @@ class Table:
 
 def home(overrides: Sequence[str]) -> Path:
     """Where everything is written: the last `data.home` of the overrides, or the default."""
-    read = map(_Override.read, overrides)
-    given = [override.value for override in read if override.key == "data.home" and not override.preset]
-    return Path(given[-1]).expanduser().absolute() if given else config.default_home()
+    path = given(overrides, "data.home")
+    return Path(path).expanduser().absolute() if path else config.default_home()
+
+
+def given(overrides: Sequence[str], key: str) -> str | None:
+    """The last value of a key among the overrides for every data set, if it is there."""
+    found = [
+        override.value for override in map(_Override.read, overrides) if (override.preset, override.key) == ("", key)
+    ]
+    return found[-1] if found else None
 
 
 QUOTED = "not measured: another model, whose figure is quoted"
@@ -139,14 +150,32 @@ LATEST = "the newest checkpoint"
 BEST = "the checkpoint of lowest sliced Wasserstein distance between generated and training images"
 
 
-def check(overrides: Sequence[str]) -> None:
-    """Raise ValueError for an override that no experiment would take, or a seed, before any work."""
+def check(overrides: Sequence[str], seeds: int = 1) -> None:
+    """Raise ValueError for an override that no experiment would take, or no seed, before any work."""
+    if seeds < 1:
+        raise ValueError(f"seeds={seeds}: a row is measured with at least one")
     known = config.keys()
     for word in overrides:
         if (key := _Override.read(word).key) not in known:
             raise ValueError(f"unknown key {key!r}{config.meant(key, known)}")
         if key in ("train.seed", "evaluate.seed"):
             raise ValueError(f"{word}: a row is measured with the seeds 0 to N - 1 of --seeds N")
+    _check_values(overrides)
+
+
+def _check_values(overrides: Sequence[str]) -> None:
+    """Raise ValueError for values that a preset which they are for refuses, or, if they are for all, every preset."""
+    named = {override.preset for override in map(_Override.read, overrides) if override.preset}
+    refusals = {}
+    for preset in config.PRESETS:
+        place = ["data.source=directory"] if preset == "folder" else []
+        try:
+            config.build(preset, [*place, *_Override.of(overrides, preset)])
+        except ValueError as error:
+            refusals[preset] = error
+    for preset in config.PRESETS:
+        if preset in refusals and (preset in named or len(refusals) == len(config.PRESETS)):
+            raise refusals[preset]
 
 
 def features(run: Run, protocol: config.Protocol, names: dict[str, str]) -> Measured:
@@ -199,11 +228,15 @@ def checkpoint_rule(run: Run) -> str:
 
 
 def scale(run: Run) -> str:
-    """How much was trained on what."""
+    """How much was trained on what, and how long that took."""
     train, store = run.experiment.train, run.store()
     images = store.count(*store.training)
     epochs = train.steps * train.batch_size / images
-    return f"trained {train.steps:,} steps of {train.batch_size} ({epochs:.1f} epochs of {images:,} images)"
+    minutes = sum(line["seconds"] for line in run.metrics()) / 60
+    return (
+        f"trained {train.steps:,} steps of {train.batch_size} ({epochs:.1f} epochs of {images:,} images) "
+        f"in {minutes:.1f} min"
+    )
 
 
 def arrays(store: Store) -> tuple[Labelled, Labelled | None, Labelled]:

@@ -4,50 +4,52 @@
 `svm.score_few_labels`; k nearest neighbours and the transductive SVM get the same draws.
 """
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from dcgan import cluster_search, stages
+from dcgan import cluster_search, stages, storage
+from dcgan.config import Evaluate, digest
 from dcgan.evaluate import knn, supervised, tsvm
 from dcgan.evaluate.published import PAPER
 from dcgan.evaluate.samples import device
 from dcgan.reproduce.rows import QUOTED, Column, Figure, Measured, Row, Setting, Table, arrays, features, pixels, scale
 
 KINGMA = f"{PAPER}, after Kingma et al., NeurIPS 2014"
-DRAWS = 10  # of the slow rows; nothing was published about theirs
+DRAWS = "evaluate.draws=10"  # of the slow rows; nothing was published about theirs
 TRIALS = 64  # paper, section 5.2
 GPUS = {"cpu": 0.0, "cuda": 0.25}  # of one, a trial: the net is small
 
-Scorer = Callable[[Setting, dict[str, np.ndarray], dict[str, np.ndarray]], dict[str, float]]
+Scorer = Callable[[Evaluate, dict[str, np.ndarray], dict[str, np.ndarray]], dict[str, float]]
 
 
-def _knn(setting: Setting, x: dict[str, np.ndarray], y: dict[str, np.ndarray]) -> dict[str, float]:
-    _, settings = setting.images("svhn")
-    few = settings.model_copy(update={"draws": DRAWS})
-    return knn.score_few_labels(x["train"], y["train"], x["test"], y["test"], few, (x["validation"], y["validation"]))
+def _knn(settings: Evaluate, x: dict[str, np.ndarray], y: dict[str, np.ndarray]) -> dict[str, float]:
+    held = x["validation"], y["validation"]
+    return knn.score_few_labels(x["train"], y["train"], x["test"], y["test"], settings, held)
 
 
-def _tsvm(setting: Setting, x: dict[str, np.ndarray], y: dict[str, np.ndarray]) -> dict[str, float]:
-    _, settings = setting.images("svhn")
+def _tsvm(settings: Evaluate, x: dict[str, np.ndarray], y: dict[str, np.ndarray]) -> dict[str, float]:
     return tsvm.score(
         x["train"],
         y["train"],
         x["test"],
         y["test"],
         labels_per_class=settings.labels_per_class,
-        draws=DRAWS,
+        draws=settings.draws,
         seed=settings.seed,
         c_grid=settings.c_grid,
         validation=(x["validation"], y["validation"]),
     )
 
 
-def _error(found: dict[str, float], name: str) -> tuple[dict[str, Figure], dict[str, float]]:
+def _error(found: dict[str, float], name: str, draws: int) -> tuple[dict[str, Figure], dict[str, float]]:
     """Columns from an accuracy over draws, and what was chosen for it."""
     figures = {
-        "error": Figure(1 - found[f"{name}/accuracy"], found[f"{name}/accuracy_std"], f"{DRAWS} draws"),
+        "error": Figure(1 - found[f"{name}/accuracy"], found[f"{name}/accuracy_std"], f"{draws} draws"),
         "validation": Figure(1 - found[f"{name}/validation_accuracy"]),
     }
     shown = {f"{name}/accuracy", f"{name}/accuracy_std", f"{name}/validation_accuracy"}
@@ -55,24 +57,23 @@ def _error(found: dict[str, float], name: str) -> tuple[dict[str, Figure], dict[
 
 
 def _in_pixels(name: str, scorer: Scorer, setting: Setting) -> Measured:
-    store, settings = setting.images("svhn")
+    store, settings = setting.images("svhn", DRAWS)
     images = {split: pixels(store.images(split)) for split in store.scored}
-    figures, choices = _error(scorer(setting, images, {split: store.labels(split) for split in images}), name)
+    found = scorer(settings, images, {split: store.labels(split) for split in images})
+    figures, choices = _error(found, name, settings.draws)
     return Measured(figures, _labels(settings.labels_per_class), choices=choices)
 
 
 def _on_features(name: str, scorer: Scorer, setting: Setting) -> Measured:
-    run = setting.extracted("svhn")
-    store = run.scored_store()
+    run = setting.extracted("svhn", DRAWS)
+    store, settings = run.scored_store(), run.experiment.evaluate
     labels = {split: store.labels(split) for split in store.scored}
-    found = {
-        source: _error(
-            scorer(setting, {split: stages.representation(run, source, split) for split in labels}, labels), name
-        )
-        for source in ("discriminator", "random_init")
-    }
+    found = {}
+    for source in ("discriminator", "random_init"):
+        banks = {split: stages.representation(run, source, split) for split in labels}
+        found[source] = _error(scorer(settings, banks, labels), name, settings.draws)
     figures, choices = found["discriminator"]
-    words = f"{scale(run)}; {_labels(run.experiment.evaluate.labels_per_class)}"
+    words = f"{scale(run)}; {_labels(settings.labels_per_class)}"
     return Measured(figures, words, {"random init": found["random_init"][0]}, choices, (run.name,))
 
 
@@ -125,8 +126,19 @@ def _supervised(setting: Setting) -> Measured:
 def _search(setting: Setting) -> supervised.Maker:
     experiment = setting.experiment("svhn")
     if experiment.compute.workers == 0:
-        return map
+        return partial(_one_by_one, setting.directory)
     return partial(cluster_search.search, home=experiment.home, directory=setting.directory, gpus=GPUS[device()])
+
+
+def _one_by_one(
+    directory: Path, function: Callable[[dict[str, Any]], dict[str, Any]], trials: Sequence[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """The search without Ray; each result is kept where `cluster_search` keeps it."""
+    for trial in trials:
+        file = directory / f"{digest(trial)}.json"
+        if not file.is_file():
+            storage.write_json(file, function(trial))
+        yield json.loads(file.read_text())
 
 
 def _labels(per_class: int) -> str:

@@ -81,7 +81,6 @@ def test_killed_ten_times_the_store_is_the_same(tree: Path, tmp_path: Path, dedu
         process.send_signal(signal.SIGKILL)
         process.wait()
         seen.append(len(made(broken)))
-        assert not (broken / "stores" / fingerprint).exists() or process.returncode == 0 or seen[-1] == 0
         if (broken / "stores" / fingerprint).exists():
             break
     assert sorted(seen[:-1]) == seen[:-1], "no shard that was complete is lost"

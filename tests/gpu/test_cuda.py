@@ -1,6 +1,7 @@
 """On a CUDA device: recorded steps, bfloat16, resuming, several ranks, features and SVM against the plain CPU path.
 
-Needs torch, numpy and pydantic (the last tests scikit-learn, too): pytest tests/gpu
+Needs torch, numpy, pydantic and, for what tests share, pytest, hypothesis, Pillow and simplejpeg; the last test
+scikit-learn, too. In a checkout that is not installed: python -m pytest tests/gpu
 """
 
 import os
@@ -164,7 +165,7 @@ def test_images_that_do_not_fit_are_streamed_and_are_the_same(make_run, monkeypa
 
 
 def test_one_rank_of_nccl_records_its_gradients_exchange(tmp_path):
-    """What several GPUs do, on one: the steps with DistributedDataParallel and its collectives are a graph."""
+    """The steps with DistributedDataParallel and its hooks are a graph. In a group of one NCCL has nothing to send."""
     script = """
         import os, sys, numpy as np, torch
         import torch.distributed as dist
@@ -198,6 +199,15 @@ def test_one_rank_of_nccl_records_its_gradients_exchange(tmp_path):
     command = [sys.executable, "-c", textwrap.dedent(script), os.path.dirname(__file__), os.getcwd()]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_ranks_that_recorded_their_exchange_end(make_run):
+    """NCCL waits for ever to end a group whose collectives a graph still holds."""
+    run = make_run("ranks")
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "dcgan.train"]
+    subprocess.run([sys.executable, *command, str(run.path)], check=True, timeout=300)
+    assert checkpoint.steps(run)[-1] == 30
 
 
 def test_features_are_those_of_the_cpu(tmp_path, make_store):

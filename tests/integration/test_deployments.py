@@ -110,8 +110,7 @@ def test_deployments_are_in_place_with_a_choice_of_presets_and_tables(stack: Sta
         properties = deployment["parameter_openapi_schema"]["properties"]
         choice = properties["preset"] if name in presets else properties["table"]
         assert choice["enum"] == list(config.PRESETS if name in presets else TABLES)
-        assert deployment["global_concurrency_limit"]["limit"] == 1
-        assert deployment["concurrency_options"]["collision_strategy"] == "ENQUEUE"
+        assert deployment["global_concurrency_limit"] is None
     (automation,) = stack.post("automations/filter", {})
     assert automation["enabled"]
 

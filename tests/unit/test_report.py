@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dcgan import charts, report, storage
+from dcgan import charts, config, report, storage
 from dcgan.run import Run
 
 
@@ -126,6 +127,27 @@ def test_published_figures_stand_beside_their_metric_with_their_source(home: Pat
     assert "Radford et al., ICLR 2016, table 1; trained on ImageNet-1k" in page.text
     assert "Exemplar CNN" in page.text
     assert "knn/accuracy" not in page.text  # not measured here
+
+
+def test_published_figures_are_those_of_the_images_that_are_scored(run: Run) -> None:
+    other = replace(run, experiment=config.build("digits", ["evaluate.images=svhn"]), scored="1" * 16)
+    fabricated.score(other)
+    page = written(other)
+    assert "On svhn, of the best checkpoint" in page.text
+    assert "digits images, after seeing" in page.text
+    assert "in svm/accuracy on svhn" in page.text
+    content = {"checkpoint": 1, "chosen": "best", "scores": {"discriminator": {"svm_few_labels/accuracy": 0.5}}}
+    storage.write_json(run.path / "scores" / "svm_few_labels.json", content)
+    assert "0.7752" in written(other).text
+
+
+def test_a_mark_beyond_the_last_line_is_in_the_chart(run: Run) -> None:
+    """A step that diverges has no line of metrics."""
+    fabricated.play(run, 0, 50)
+    (run.path / "events.jsonl").write_text(json.dumps({"step": 100, "event": "non_finite", "message": "d_loss"}) + "\n")
+    marks = [path["d"] for path in written(run).of("path") if path.get("class") == "mark"]
+    assert marks
+    assert all(float(re.findall(r"[\d.]+", str(mark))[0]) <= charts.WIDTH - charts.RIGHT for mark in marks)
 
 
 @given(st.integers(1, 200), st.integers(2, 12))

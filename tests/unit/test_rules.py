@@ -61,6 +61,7 @@ LAYERS: list[set[str]] = [
         "dcgan.run",
         "dcgan.data",
         "dcgan.distributed",
+        "dcgan.preemption",
         "dcgan.wasserstein",
         "dcgan.step",
         "dcgan.player",

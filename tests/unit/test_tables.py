@@ -44,14 +44,29 @@ def test_each_score_stands_beside_its_controls_and_its_deviation(run: Run) -> No
 def test_the_text_table_is_aligned_and_says_what_was_scored(run: Run) -> None:
     write_scores(run)
     caption, blank, header, knn, few = tables.text_table(run).splitlines()
-    assert (caption, blank) == ("digits-0: best checkpoint, step 1,200", "")
+    assert (caption, blank) == ("digits-0: the best checkpoint, step 1,200", "")
     for column, control, mean in (("discriminator", "0.9000", "0.6385"), ("random init", "-  ", "0.5600")):
         assert header.index(column) == knn.index(control) == few.index(mean)
 
 
 def test_scores_of_two_checkpoints_are_told_apart(run: Run) -> None:
     write_scores(run, knn=600)
-    assert "step 600 and best checkpoint, step 1,200" in tables.text_table(run)
+    expected = "knn: the best checkpoint, step 600; svm_few_labels: the best checkpoint, step 1,200"
+    assert tables.text_table(run).startswith(f"digits-0: {expected}\n")
+
+
+def test_scores_with_another_setting_than_the_runs_say_so(run: Run) -> None:
+    write_scores(run)
+    file = run.path / "scores" / "knn.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "settings": {"labels": 100, "seed": 0}}))
+    assert "knn: the best checkpoint, step 1,200, evaluate.labels=100; svm_few_labels: the" in tables.text_table(run)
+
+
+def test_scores_of_other_images_are_in_no_table(run: Run) -> None:
+    write_scores(run)
+    file = run.path / "scores" / "knn.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "images": "1" * 16}))
+    assert [row[0] for row in summary.score_rows(run)] == ["svm_few_labels/accuracy"]
 
 
 def test_a_run_without_scores_says_so(run: Run) -> None:

@@ -1,17 +1,19 @@
 """The loop: what it writes and when, that it goes on exactly, and that it stops when it must."""
 
 import json
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from dcgan import checkpoint, models, sampling, train
+from dcgan import checkpoint, keeper, models, sampling, train
 from dcgan.config import validate
 from dcgan.data import batches
 from dcgan.distributed import Place
-from dcgan.run import Run
+from dcgan.player import Player
+from dcgan.run import Run, read_lines
 from dcgan.step import Game
 from dcgan.storage import BusyError, CorruptError
 
@@ -219,3 +221,56 @@ def test_fixed_noise_never_meets_training_noise():
     z, labels = sampling.fixed_noise(settings, 0, 8, seed=0)
     assert labels is None
     assert not any(np.allclose(z, batches.noise("uniform", (8, 3), 0, step)) for step in range(100))
+
+
+@pytest.mark.parametrize("content", ['{"step": 2, "d_', '{"step": 1}\n{"step": 2, "d_'])
+def test_a_torn_line_spoils_no_other(make_run, content):
+    run = make_run(log_every=5)
+    (run.path / "metrics.jsonl").write_text(content)
+    train.train(run)
+    assert [line["step"] for line in run.metrics()] == [5, 10]
+
+
+@pytest.mark.parametrize("end", ["normally", "by Ctrl-C"])
+def test_no_recorded_step_outlives_the_loop(make_run, monkeypatch, end):
+    """A process group of NCCL could not end while a graph holds its collectives."""
+    played, left = Player.play, []
+
+    def playing(self, step, batch):
+        self._recorded[7] = "a graph"
+        if step == 4 and end == "by Ctrl-C":
+            raise KeyboardInterrupt
+        played(self, step, batch)
+        left[:] = [self]
+
+    monkeypatch.setattr(Player, "play", playing)
+    with pytest.raises(KeyboardInterrupt) if end == "by Ctrl-C" else nullcontext():
+        train.train(make_run())
+    (player,) = left
+    assert player._recorded == {}
+
+
+def test_each_rank_compares_its_share_of_the_images(make_run):
+    run = make_run()
+    files = sorted(path for path in run.store().path.iterdir() if path.name != "manifest.json")
+    shard = run.store().path / "train-00000.npy"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    place = sorted(run.store().manifest["files"]).index("train-00000.npy") % 2
+    with pytest.raises(CorruptError, match="train-00000"):
+        run.store(verify=True, share=(place, 2))
+    run.store(verify=True, share=(1 - place, 2))
+    assert len(files) > 1
+
+
+@pytest.mark.parametrize("update", ["both", "alternate"])
+def test_a_collapse_is_told_once_over_a_restart(make_run, monkeypatch, update):
+    monkeypatch.setattr(keeper, "COLLAPSED_LOSS", 1e9)  # every line of the discriminator's is one
+    settings = {"log_every": 1, "update": update}
+    run = make_run(**settings)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 7)
+        with pytest.raises(KeyboardInterrupt):
+            train.train(run)
+    train.train(run)
+    events = [event["event"] for event in read_lines(run.path / "events.jsonl")]
+    assert events == ["collapse"]

@@ -40,7 +40,14 @@ T = TypeVar("T")
 
 
 class DownloadError(OSError):
-    """No address gave the published file; the message names each address and what was wrong."""
+    """No address gave the published file; the message names each address and what was wrong.
+
+    transient: whether one of them may give it later.
+    """
+
+    def __init__(self, message: str, transient: bool = False) -> None:
+        super().__init__(message)
+        self.transient = transient
 
 
 class Refused(Exception):  # noqa: N818
@@ -143,7 +150,10 @@ def _known(host: str) -> tuple[str, str | None, str | None] | None:
     try:
         file = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
         return netrc(str(file)).hosts.get(host) if file.is_file() else None
-    except (NetrcParseError, OSError, RuntimeError) as error:  # the last: there is no home
+    except NetrcParseError as error:  # whose message has the word that it stumbles over, maybe a password
+        log.warning("no password is known for %s: line %s of %s can't be read", host, error.lineno, error.filename)
+        return None
+    except (OSError, RuntimeError) as error:  # the last: there is no home
         log.warning("no password is known for %s: %s", host, error)
         return None
 

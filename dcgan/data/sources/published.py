@@ -157,29 +157,30 @@ def _problem(path: Path, digest: str) -> str:
 
 def _download(urls: Sequence[str], part: Partial, digest: str) -> None:
     """Fill and publish `part` from the first of the URLs that gives it; raises DownloadError if none does."""
-    problems, start = [], time.monotonic()
+    problems, transient, start = [], False, time.monotonic()
     for url in urls:
-        if not (problem := _try(url, part, digest)):
+        if (problem := _try(url, part, digest)) is None:
             part.publish()
             _remember(part.final, digest)
             size = part.final.stat().st_size
             log.info("%s: %.2f GB are complete after %.0f s", part.final.name, size / GB, time.monotonic() - start)
             return
         problems.append(f"{network.shown(url)}: {problem}")
+        transient |= isinstance(problem, network.Interrupted)
         log.warning("download refused: %s", problems[-1])
-    raise DownloadError(f"{part.final.name} could not be downloaded: {'; '.join(problems)}")
+    raise DownloadError(f"{part.final.name} could not be downloaded: {'; '.join(problems)}", transient)
 
 
-def _try(url: str, part: Partial, digest: str) -> str:
-    """What is wrong with this address, "" if `part` is the published file now."""
+def _try(url: str, part: Partial, digest: str) -> network.Refused | network.Interrupted | None:
+    """What is wrong with this address, None if `part` is the published file now."""
     problem = ""
     for _ in range(ATTEMPTS):
         try:
             network.download(url, part)
         except (network.Refused, network.Interrupted) as error:
-            return str(error)
+            return error
         if not (problem := _problem(part.path, digest)):
-            return ""
+            return None
         part.discard()
         log.warning("%s: %s %s", network.shown(url), part.final.name, problem)
-    return f"{part.final.name} {problem}"
+    return network.Refused(f"{part.final.name} {problem}")

@@ -1,13 +1,12 @@
 """A data set that is a tree of files: a directory, or everything below an s3:// address, staged into a directory.
 
 A staged file has the length and the time of change of its object, which is how the next staging knows it; nothing else
-is remembered, so a kill at any moment loses at most the files in flight.
+is remembered. A kill at any moment loses no more than the pieces in flight.
 """
 
 import hashlib
 import logging
 import os
-import secrets
 import shutil
 import threading
 import time
@@ -75,7 +74,7 @@ def _staged(address: str, folder: Path, offline: bool) -> Path:
         try:
             staging.run()
         except (fetch.Refused, fetch.Interrupted) as error:
-            raise fetch.DownloadError(f"{address}: {error}") from error
+            raise fetch.DownloadError(f"{address}: {error}", isinstance(error, fetch.Interrupted)) from error
     return staging.root
 
 
@@ -86,15 +85,14 @@ class Staging:
         self.address, self.root = address, root
         self.complete = root.with_name(f".{root.name}.complete")
         self._aside = root.with_name(f".{root.name}.aside")  # outside the tree, where no key leads
-        self._lock = threading.Lock()
+        self._lock, self._ended = threading.Lock(), threading.Event()
         self._fetched = self._bytes = 0
 
     def run(self) -> None:
         """Bring the tree up to date."""
         start = last = time.monotonic()
         log.info("%s: staging %s", self.root, self.address)
-        shutil.rmtree(self._aside, ignore_errors=True)  # what a kill left
-        self._aside.mkdir()
+        self._aside.mkdir(exist_ok=True)  # what a kill left is gone on with
         bucket, paths = fetch.Bucket(self.address), set[str]()
         with ThreadPoolExecutor(fetch.CONNECTIONS) as pool:
             try:
@@ -105,6 +103,7 @@ class Staging:
                             last = now
                             self._report(len(paths), now - start)
             finally:
+                self._ended.set()
                 pool.shutdown(cancel_futures=True)
         if not paths:
             raise FileNotFoundError(f"data.source={self.address} has no objects below it")
@@ -131,8 +130,8 @@ class Staging:
         path = self.root / item.path
         if not item.is_at(path):
             self.complete.unlink(missing_ok=True)
-            aside = self._aside / secrets.token_hex(8)
-            fetch.persist(bind(_copy, bucket, item, aside), item.path)
+            aside = self._aside / hashlib.sha256(repr(item).encode()).hexdigest()
+            fetch.persist(bind(self._copy, bucket, item, aside), item.path, lambda: _bytes(aside))
             os.utime(aside, ns=(item.changed, item.changed))
             path.parent.mkdir(parents=True, exist_ok=True)
             os.replace(aside, path)
@@ -140,6 +139,16 @@ class Staging:
                 self._fetched += 1
                 self._bytes += item.size
         return item
+
+    def _copy(self, bucket: fetch.Bucket, item: Item, aside: Path) -> None:
+        """What `aside` lacks of an object, whose version its name has."""
+        with naming(aside), aside.open("ab") as file:
+            for piece in bucket.pieces(item.key, _bytes(aside), item.size):
+                if self._ended.is_set():  # by Ctrl-C or another object's fault: the rest may be hours
+                    raise fetch.Refused("the staging has ended")
+                file.write(piece)
+        if (arrived := _bytes(aside)) != item.size:
+            raise fetch.Interrupted(f"{arrived} of {item.size} bytes received")
 
     def _remove_others(self, paths: set[str]) -> None:
         """Remove files that are no longer at the address: they would be trained on."""
@@ -163,9 +172,6 @@ def _is_marker(entry: dict[str, Any]) -> bool:
     return entry["Key"].endswith("/") and entry["Size"] == 0
 
 
-def _copy(bucket: fetch.Bucket, item: Item, aside: Path) -> None:
-    with naming(aside), aside.open("wb") as file:
-        for piece in bucket.pieces(item.key, 0, item.size):
-            file.write(piece)
-        if file.tell() != item.size:
-            raise fetch.Interrupted(f"{file.tell()} of {item.size} bytes came")
+def _bytes(file: Path) -> int:
+    """Its length; 0 if it is not there."""
+    return file.stat().st_size if file.exists() else 0

@@ -1,6 +1,8 @@
 """Rows of a table: measured once a seed, kept, shown beside what was published; what can't be measured says why."""
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,11 @@ from hypothesis import strategies as st
 from mlflow import MlflowClient
 from sklearn.neighbors import KNeighborsClassifier
 
-from dcgan import checkpoint, config, reproduce, sampling, stages, tracking, tracking_rows
+from dcgan import checkpoint, config, reproduce, sampling, stages, storage, summary, tracking, tracking_rows
+from dcgan.data.store import Store
+from dcgan.evaluate import samples
 from dcgan.evaluate.samples import NotConvergedError
-from dcgan.reproduce import TABLES, image_quality, measure, mnist, page, record
+from dcgan.reproduce import TABLES, image_quality, measure, mnist, page, record, svhn
 from dcgan.reproduce.rows import Column, Figure, Measured, Row, Setting, Table, check, features, home, merged
 
 SMALL = ("digits/train.steps=4", "digits/train.checkpoint_every=2", "digits/train.batch_size=32", "compute.workers=0")
@@ -101,10 +105,63 @@ def test_a_row_is_a_run_in_mlflow(tiny: tuple[str, ...]) -> None:
 def test_a_row_that_mlflow_refuses_has_failed_there(tiny: tuple[str, ...]) -> None:
     home(tiny).mkdir()
     with pytest.raises(tracking.TrackingError, match="a,b"):
-        tracking_rows.log(home(tiny), "some", "row", {"a,b": 1.0}, {}, "")
+        tracking_rows.log(home(tiny), "some", "row", "token", {"a,b": 1.0}, {}, "")
     client = MlflowClient(tracking.uri(home(tiny)))
     (run,) = client.search_runs([client.get_experiment_by_name("some").experiment_id])
     assert run.info.status == "FAILED"
+    tracking_rows.log(home(tiny), "some", "row", "token", {"a": 1.0}, {}, "")
+    found = client.search_runs([client.get_experiment_by_name("some").experiment_id])
+    assert sorted(run.info.status for run in found) == ["FAILED", "FINISHED"], "a failed one is no reason to leave it"
+
+
+def test_a_row_is_one_run_in_mlflow_however_often_it_is_asked_for(tiny: tuple[str, ...]) -> None:
+    for seeds in (1, 1, 2):
+        measure.one("tiny", "counted", tiny, seeds)
+    client = MlflowClient(tracking.uri(home(tiny)))
+    experiment = client.get_experiment_by_name("reproduce-tiny")
+    found = client.search_runs([experiment.experiment_id])
+    assert sorted(run.data.params["seeds"] for run in found) == ["1", "2"]
+
+
+def test_a_record_names_the_code_that_measured_trained_and_scored(
+    tiny: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = ["first"]
+    monkeypatch.setattr(summary, "commit", lambda: code[0])
+    monkeypatch.setattr(summary, "trained_by", lambda run: "trained")
+
+    def changing(setting: Setting) -> Measured:
+        found = trained(setting)
+        code[0] = "later"  # a commit while the row is measured
+        return found
+
+    monkeypatch.setitem(TABLES, "tiny", replace(TABLE, rows=(Row("trained", "trained", {}, "", changing),)))
+    words = (*tiny, *SMALL, *MODEL)
+    assert measure.one("tiny", "trained", words, seeds=1)["commit"] == "trained, first"
+    for file in (home(tiny) / "reproduced").rglob("*.json"):
+        file.unlink()
+    assert measure.one("tiny", "trained", words, seeds=1)["commit"] == "trained, first, later"
+
+
+def test_seeds_measured_with_other_code_are_said(tiny: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(summary, "commit", lambda: "first")
+    measure.one("tiny", "counted", tiny, seeds=1)
+    monkeypatch.setattr(summary, "commit", lambda: "second")
+    assert measure.one("tiny", "counted", tiny, seeds=2)["commit"] == "first, second"
+
+
+def test_rows_compute_where_the_overrides_say(tiny: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    seen = []
+
+    def where(setting: Setting) -> Measured:
+        seen.append(samples.device())
+        return Measured({}, "")
+
+    monkeypatch.setitem(TABLES, "tiny", replace(TABLE, rows=(Row("where", "where", {}, "", where),)))
+    measure.one("tiny", "where", (*tiny, "compute.device=cpu"), seeds=1)
+    measure.one("tiny", "where", tiny, seeds=1)
+    assert seen == ["cpu", "cuda"]
 
 
 def test_other_settings_are_measured_anew(tiny: tuple[str, ...]) -> None:
@@ -160,12 +217,29 @@ def test_what_is_kept_is_read_back(tiny: tuple[str, ...]) -> None:
         ([], ("train.step=1",), "unknown key 'train.step', did you mean train.steps"),
         ([], ("cifar1/train.steps=1",), "'cifar1' is no preset, did you mean cifar10"),
         ([], ("train.steps",), "not of the form"),
+        ([], ("train.steps=0",), "train.steps=0"),
+        ([], ("mnist/train.steps=0",), "train.steps=0"),
+        ([], ("mnist/data.source=https://me:secret@host/mnist",), "data.source: an address at host with a user"),
+        ([], ("data.source=https://me:secret@host/mnist",), "data.source: an address at host with a user"),
     ],
 )
 def test_refused_before_any_work(tiny: tuple[str, ...], names: list[str], overrides: Any, match: str) -> None:
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises(ValueError, match=match) as refused:
         measure.reproduce("tiny", names, (*tiny, *overrides))
-    assert not list((home(tiny)).rglob("call-*"))
+    assert "secret" not in str(refused.value)
+    assert not home(tiny).exists()
+
+
+def test_no_seed_is_refused(tiny: tuple[str, ...]) -> None:
+    for function in (measure.one, measure.reproduce):
+        with pytest.raises(ValueError, match="seeds=0"):
+            function("tiny", "counted" if function is measure.one else ["counted"], tiny, 0)  # type: ignore[operator]
+
+
+def test_a_value_that_one_data_set_takes_is_no_mistake(tiny: tuple[str, ...]) -> None:
+    check(["data.category=church_outdoor"])  # LSUN's
+    with pytest.raises(ValueError, match=r"data\.category"):
+        check(["mnist/data.category=church_outdoor"])
 
 
 def test_an_unknown_table_names_the_known_ones() -> None:
@@ -193,7 +267,7 @@ def test_a_trained_row_has_controls_choices_and_the_rule_by_which_its_checkpoint
     assert "lowest sliced Wasserstein distance" in found["choices"]["checkpoint"]
     assert found["choices"]["discriminator svm/c"] > 0
     assert found["choices"]["raw_pixels knn/neighbours"] >= 1
-    assert "trained 4 steps of 32" in found["scale"]
+    assert re.search(r"trained 4 steps of 32 \(0\.1 epochs of 1,412 images\) in 0\.\d min", found["scale"])
     assert "200 labels" in found["scale"]
     (name,) = found["runs"]
     assert (home(tiny) / "runs" / name / "experiment.json").is_file()
@@ -251,6 +325,62 @@ def test_image_quality_is_that_of_images_drawn_with_or_without_labels(
     assert drawn.dtype == np.uint8
     assert found.figures["fid"].value == 1.0
     assert "1,030 images drawn" in found.scale
+
+
+def test_a_row_of_image_quality_is_of_its_own_model(tiny: tuple[str, ...], tmp_path: Path) -> None:
+    for name, other in (("conditional", "false"), ("unconditional", "true")):
+        found = measure.one("image_quality", name, (*tiny, f"model.conditional={other}"), seeds=1)
+        assert re.search(r"model\.conditional=\w+ is what this row is of", found["reason"])
+
+
+def test_weights_are_calibrated_once_for_all_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, calls = tmp_path / "weights", []
+    weights.write_bytes(b"weights")
+
+    def calibrate(*_: Any) -> dict[str, Any]:
+        calls.append(1)
+        return {"weights_sha256": storage.sha256(weights), "inception_score": 11.2, "inception_score_std": 0.1}
+
+    monkeypatch.setattr(image_quality.image_quality, "calibrate", calibrate)
+    for row in ("conditional", "unconditional"):
+        setting = Setting((), 0, tmp_path / "image_quality" / row / "0")
+        image_quality._calibration(setting, np.zeros(0), weights)
+    assert len(calls) == 1
+
+
+def test_draws_of_svhn_are_the_rows_own_unless_the_user_says(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draws = []
+
+    def score(*arguments: Any) -> dict[str, float]:
+        draws.append(arguments[4].draws)
+        return {f"knn_few_labels/{name}": 0.5 for name in ("accuracy", "accuracy_std", "validation_accuracy")}
+
+    monkeypatch.setattr(svhn.knn, "score_few_labels", score)
+    monkeypatch.setattr(Store, "scored", ("train", "test", "validation"))
+    monkeypatch.setattr(Store, "images", lambda *_: np.zeros((4, 1, 2, 2), np.uint8))
+    monkeypatch.setattr(Store, "labels", lambda *_: np.zeros(4, np.int64))
+    for own in ((), ("digits/evaluate.draws=3",)):
+        setting = Digits((f"data.home={home}", "compute.workers=0", *own), 0, home / "row")
+        found = svhn._in_pixels("knn_few_labels", svhn._knn, setting)
+    assert draws == [10, 3]
+    assert found.figures["error"].of == "3 draws"
+
+
+def test_a_search_without_ray_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    done = []
+
+    def function(trial: dict[str, Any]) -> dict[str, Any]:
+        if trial["number"] == 2 and len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(trial["number"])
+        return {"error": trial["number"] / 10}
+
+    trials = [{"number": number} for number in range(4)]
+    with pytest.raises(KeyboardInterrupt):
+        list(svhn._one_by_one(tmp_path, function, trials))
+    done.append(-1)
+    assert list(svhn._one_by_one(tmp_path, function, trials)) == [{"error": n / 10} for n in range(4)]
+    assert done == [0, 1, -1, 2, 3]
 
 
 def test_the_page_shows_published_measured_controls_and_reasons(tiny: tuple[str, ...], tmp_path: Path) -> None:
