@@ -1,7 +1,7 @@
 """The nets' convolutions, computed in another way than the library's where that is faster in training on a CPU.
 
 In float32, layers of many channels by Winograd's filtering (`dcgan/winograd.py`) and those at the pixels, of few, as
-one product over patches (`dcgan/patches.py`). In bfloat16 with AMX, the weight gradient of small maps as such a
+one product over patches (`dcgan/im2col.py`). In bfloat16 with AMX, the weight gradient of small maps as such a
 product, for which oneDNN takes two to five times as long. Labels, which a conditional net gives each layer as constant
 maps, are no maps here: what a label adds to the output is the same for all images. Everything else stays the library's,
 and so do the numbers, but for rounding.
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dcgan import patches, winograd
+from dcgan import im2col, winograd
 from dcgan.winograd import Layer
 
 # Bytes of the patches: those of 128 images, 4x4 and stride 2, of 64 channels at 16 px. Twice as many were slower.
@@ -79,12 +79,12 @@ class Conv2d(_Labelled, nn.Conv2d):
             layer = _layer(self, x.shape[2] // 2, x.shape[3] // 2)
             if _by_winograd(x, weight, layer):
                 return winograd.Convolution.apply(x, weight, layer)
-            if _is_narrow(x, weight, layer):
-                return patches.Convolution.apply(x, weight, layer)
-        if not _by_patches(x, weight, self.stride[0], x.shape):
+            if _by_im2col(x, weight, layer):
+                return im2col.Convolution.apply(x, weight, layer)
+        if not _gradient_by_im2col(x, weight, self.stride[0], x.shape):
             return self._library(x, weight)
         dtype = _dtype(x)
-        return _Strided.apply(x.to(dtype), weight.to(dtype), self.stride, self.padding, None)
+        return _Im2colGradient.apply(x.to(dtype), weight.to(dtype), self.stride, self.padding, None)
 
     def _library(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.conv2d(x, weight, None, self.stride, self.padding)
@@ -100,13 +100,13 @@ class ConvTranspose2d(_Labelled, nn.ConvTranspose2d):  # type: ignore[misc]
             layer = _layer(self, x.shape[2], x.shape[3])
             if _by_winograd(x, weight, layer):
                 return winograd.Transposed.apply(x, weight, layer)
-            if _is_narrow(x, weight, layer):
-                return patches.Transposed.apply(x, weight, layer)
+            if _by_im2col(x, weight, layer):
+                return im2col.Transposed.apply(x, weight, layer)
         size = torch.Size([x.shape[0], self.out_channels, *(self.stride[0] * side for side in x.shape[2:])])
-        if not _by_patches(x, weight, self.stride[0], size):
+        if not _gradient_by_im2col(x, weight, self.stride[0], size):
             return self._library(x, weight)
         dtype = _dtype(x)
-        return _Strided.apply(x.to(dtype), weight.to(dtype), self.stride, self.padding, self.output_padding)
+        return _Im2colGradient.apply(x.to(dtype), weight.to(dtype), self.stride, self.padding, self.output_padding)
 
     def _library(self, x: Tensor, weight: Tensor) -> Tensor:
         assert isinstance(self.padding, tuple)
@@ -146,14 +146,14 @@ def winograd_time(images: int, weight: Tensor, layer: Layer) -> float:
     return products / (layer.height * layer.width * layer.kernel**2)
 
 
-def _is_narrow(x: Tensor, weight: Tensor, layer: Layer) -> bool:
+def _by_im2col(x: Tensor, weight: Tensor, layer: Layer) -> bool:
     """Whether the larger map has so few channels that one product over patches is faster."""
     if not (x.device.type == "cpu" and _dtype(x) == torch.float32 and _channels_last(weight)):
         return False
-    return patches.columns(weight, layer) <= NARROW
+    return im2col.columns(weight, layer) <= NARROW
 
 
-def _by_patches(x: Tensor, weight: Tensor, stride: int, large: torch.Size) -> bool:
+def _gradient_by_im2col(x: Tensor, weight: Tensor, stride: int, large: torch.Size) -> bool:
     """Whether the weight gradient is wanted and faster by patches of the larger map, (N, C, H, W) of size `large`."""
     if not (x.device.type == "cpu" and torch.is_grad_enabled() and weight.requires_grad):
         return False
@@ -164,7 +164,7 @@ def _by_patches(x: Tensor, weight: Tensor, stride: int, large: torch.Size) -> bo
     return stride > 1 and channels > 3 and values * _dtype(x).itemsize <= LARGEST
 
 
-class _Strided(torch.autograd.Function):
+class _Im2colGradient(torch.autograd.Function):
     """A convolution, or, with an output padding, its transpose, of x (N, C, H, W) in channels-last memory."""
 
     @staticmethod
@@ -202,11 +202,11 @@ class _Strided(torch.autograd.Function):
 
 def _product(small: Tensor, large: Tensor, kernel: int, stride: int, padding: int) -> Tensor:
     """The weight gradient (C, D, kernel, kernel) of maps small (N, C, h, w) and large (N, D, H, W)."""
-    patches = F.pad(large.permute(0, 2, 3, 1), (0, 0, padding, padding, padding, padding))
-    images, _, _, channels = patches.shape
-    a, b, c, d = patches.stride()
+    padded = F.pad(large.permute(0, 2, 3, 1), (0, 0, padding, padding, padding, padding))
+    images, _, _, channels = padded.shape
+    a, b, c, d = padded.stride()
     count, height, width = small.shape[1:]
-    views = patches.as_strided((images, height, width, kernel, kernel, channels), (a, stride * b, stride * c, b, c, d))
+    views = padded.as_strided((images, height, width, kernel, kernel, channels), (a, stride * b, stride * c, b, c, d))
     rows = small.permute(0, 2, 3, 1).reshape(-1, count)
     product = rows.T @ views.reshape(len(rows), -1)
     return product.view(count, kernel, kernel, channels).permute(0, 3, 1, 2)

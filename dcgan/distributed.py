@@ -95,6 +95,12 @@ def any_rank(flag: bool, place: Place) -> bool:
     return bool(mean(torch.tensor(float(flag), device=place.device), place) > 0)
 
 
+def barrier(place: Place) -> None:
+    """Wait for all ranks."""
+    if place.world > 1:
+        dist.barrier()
+
+
 def average_buffers(net: nn.Module, place: Place) -> None:
     """Replace every floating-point buffer (BatchNorm's running statistics) by its mean over ranks, on every rank."""
     if place.world > 1:

@@ -86,6 +86,7 @@ def train(run: Run) -> None:
                     window.restart(player)
                 if stopping:
                     break
+        distributed.barrier(place)  # who ended first would have torchrun kill the rank that still writes
     if done < settings.steps:
         raise StoppedError(f"run {run.name} was stopped at step {done}, which is kept; the same command goes on")
 

@@ -1,4 +1,4 @@
-"""Convolutions of stride 2 in one of our ways (`dcgan.winograd`, `dcgan.patches`) beside PyTorch's."""
+"""Convolutions of stride 2 in one of our ways (`dcgan.winograd`, `dcgan.im2col`) beside PyTorch's."""
 
 import torch
 import torch.nn.functional as F

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dcgan import memory, patches, winograd
+from dcgan import im2col, memory, winograd
 from dcgan.convolution import LIMIT, NARROW, winograd_time
 from dcgan.models import GEOMETRY
 from dcgan.winograd import Layer
@@ -62,7 +62,7 @@ def seconds(apply: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor
 def compare(case: Case, repeats: int) -> Iterator[tuple[Tensor, float]]:
     """The weight and the ratio of our time to PyTorch's, with the weight gradient and without."""
     (padding, more), layer = GEOMETRY[case.kernel], case.layer
-    way = winograd if case in wide() else patches
+    way = winograd if case in wide() else im2col
     shape = (
         (case.images, case.smaller, layer.height, layer.width)
         if case.transposed
@@ -110,7 +110,7 @@ def main() -> None:
     chosen = []
     for case in at_the_pixels():
         for weight, ratio in compare(case, repeats):
-            numbers = patches.columns(weight, case.layer)
+            numbers = im2col.columns(weight, case.layer)
             print(f", {numbers} numbers a patch")
             chosen += [ratio] if numbers <= NARROW else []
     print(f"at the pixels: {told(chosen)}")

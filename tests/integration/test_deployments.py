@@ -207,3 +207,15 @@ def test_port_that_is_taken_is_named(stack: Stack, tmp_path: Path) -> None:
         done = taken.local("up")
     assert done.returncode == 1
     assert done.stderr == f"error: port {port} is in use by another program: set PREFECT_PORT to a free one\n"
+
+
+def test_a_torn_pid_file_is_of_nothing_that_runs(tmp_path: Path) -> None:
+    """Of a disk that was full, or a machine that lost its power."""
+    services = tmp_path / "home" / "services"
+    services.mkdir(parents=True)
+    for name in ("prefect", "mlflow", "worker"):
+        (services / f"{name}.pid").write_text("")
+    command = [sys.executable, "infra/local.py", "down"]
+    environment = {**os.environ, "DCGAN_HOME": str(tmp_path / "home")}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -1,9 +1,11 @@
 """Atomic, verified, prunable checkpoints, refused by name where they don't fit."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 
+import fabricated
 import pytest
 import torch
 
@@ -223,3 +225,23 @@ def test_a_hostile_state_is_refused(store):
         storage.publish(staged, run.checkpoints / "1")
     with pytest.raises(Exception, match="Unsupported global"):
         checkpoint.load(checkpoint.latest(run))
+
+
+def test_a_kill_while_an_old_checkpoint_is_removed_leaves_none_of_it(home, monkeypatch):
+    run = fabricated.new_run(home, ["train.keep=1"])
+    fabricated.save(run, 1, 0.5)
+    fabricated.save(run, 2, 0.4)
+    unlink, left = os.unlink, []
+
+    def killed(path, *others, **more):
+        if "state.pt" in str(path) or "manifest.json" in str(path):
+            left.append(path)
+            raise KeyboardInterrupt
+        unlink(path, *others, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", killed)
+        with pytest.raises(KeyboardInterrupt):
+            fabricated.save(run, 3, 0.3)
+    assert left
+    assert not (run.checkpoints / "1").exists()

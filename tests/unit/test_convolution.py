@@ -9,7 +9,7 @@ from torch import nn
 
 from dcgan import convolution, models
 from dcgan.config import Model
-from dcgan.convolution import Conv2d, ConvTranspose2d, _Strided
+from dcgan.convolution import Conv2d, ConvTranspose2d, _Im2colGradient
 
 
 def gradients(apply, x, weight, seed):
@@ -29,7 +29,7 @@ def test_a_convolution_has_pytorchs_gradients(kernel, padding, size, channels_la
         x, weight = (part.contiguous(memory_format=torch.channels_last) for part in (x, weight))
     plain = nn.Conv2d(4, 6, kernel, 2, padding, bias=False).double()
     expected = gradients(lambda x, w: torch.func.functional_call(plain, {"weight": w}, (x,)), x, weight, 0)
-    got = gradients(lambda x, w: _Strided.apply(x, w, (2, 2), (padding, padding), None), x, weight, 0)
+    got = gradients(lambda x, w: _Im2colGradient.apply(x, w, (2, 2), (padding, padding), None), x, weight, 0)
     for ours, theirs in zip(got, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
 
@@ -39,7 +39,7 @@ def test_a_transposed_convolution_has_pytorchs_gradients(kernel, padding, more):
     x, weight = torch.randn(3, 6, 4, 4).double(), torch.randn(6, 5, kernel, kernel).double()
     plain = nn.ConvTranspose2d(6, 5, kernel, 2, padding, more, bias=False).double()
     expected = gradients(lambda x, w: torch.func.functional_call(plain, {"weight": w}, (x,)), x, weight, 0)
-    got = gradients(lambda x, w: _Strided.apply(x, w, (2, 2), (padding, padding), (more, more)), x, weight, 0)
+    got = gradients(lambda x, w: _Im2colGradient.apply(x, w, (2, 2), (padding, padding), (more, more)), x, weight, 0)
     for ours, theirs in zip(got, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
 

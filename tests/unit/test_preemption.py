@@ -35,6 +35,17 @@ def terminate_in(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     monkeypatch.setattr(preemption, "LOOK", 0.0)
 
 
+def wait(run: Run, again: bool) -> None:
+    """For a training that does not end, with one SIGTERM or two."""
+    with preemption.awaited(run):
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert (run.path / preemption.FILE).exists()
+        if again:
+            os.kill(os.getpid(), signal.SIGTERM)
+        threading.Event().wait(60)
+        raise AssertionError("not reached")
+
+
 def test_the_step_is_kept_and_the_same_command_goes_on(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -78,19 +89,14 @@ def test_what_sigterm_did_before_is_done_then(run: Run, monkeypatch: pytest.Monk
 
 
 def test_a_second_sigterm_waits_for_nothing(run: Run) -> None:
-    with pytest.raises(KeyboardInterrupt), preemption.awaited(run):
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert (run.path / preemption.FILE).exists()
-        os.kill(os.getpid(), signal.SIGTERM)
-        raise AssertionError("not reached")
+    with pytest.raises(KeyboardInterrupt):
+        wait(run, again=True)
 
 
 def test_a_checkpoint_that_takes_too_long_is_not_waited_for(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preemption, "GRACE", 0.01)
-    with pytest.raises(KeyboardInterrupt), preemption.awaited(run):
-        os.kill(os.getpid(), signal.SIGTERM)
-        threading.Event().wait(60)
-        raise AssertionError("not reached")
+    with pytest.raises(KeyboardInterrupt):
+        wait(run, again=False)
 
 
 def test_a_request_of_a_process_that_was_killed_is_none(run: Run) -> None:

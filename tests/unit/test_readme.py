@@ -135,3 +135,11 @@ def test_its_python_calls_what_there_is() -> None:
 
 def test_the_shell_blocks_are_seen() -> None:
     assert {line.split()[0] for line in blocks()} == set(SHELL)
+
+
+def test_a_home_with_a_space_in_its_name_is_one_directory() -> None:
+    done = subprocess.run(
+        ["make", "-n", "run", "DCGAN_HOME=/a b"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("mkdir"))
+    assert shlex.split(line) == ["mkdir", "-p", "/a b/prefect"]

@@ -48,7 +48,7 @@ LAYERS: list[set[str]] = [
         "dcgan.settings",
         "dcgan.config",
         "dcgan.convolution",
-        "dcgan.patches",
+        "dcgan.im2col",
         "dcgan.winograd",
         "dcgan.memory",
         "dcgan.models",

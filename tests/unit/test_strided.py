@@ -1,4 +1,4 @@
-"""Convolutions of stride 2 by Winograd's filtering and by patches: each is PyTorch's, and has its gradients."""
+"""Convolutions of stride 2 by Winograd's filtering and im2col: each is PyTorch's, and has its gradients."""
 
 import pytest
 import torch
@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strided import case, with_gradients
 
-from dcgan import patches, winograd
+from dcgan import im2col, winograd
 
-WAYS = [winograd, patches]
+WAYS = [winograd, im2col]
 
 
 @pytest.mark.parametrize("way", WAYS)

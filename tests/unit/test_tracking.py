@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dcgan import config, summary, tracking
+from dcgan import config, report, summary, tracking
 from dcgan.run import Run
 
 
@@ -187,3 +187,33 @@ def test_an_environment_names_versions_and_commit() -> None:
     assert environment["packages"]["torch"]
     assert environment["python"] == ".".join(map(str, sys.version_info[:3]))
     json.dumps(environment)
+
+
+def test_a_run_recorded_with_a_password_is_shown_without_it(home: Path) -> None:
+    """Before such addresses were refused."""
+    run = fabricated.new_run(home)
+    fabricated.score(run)
+    recorded = json.loads((run.path / "experiment.json").read_text())
+    recorded["experiment"]["data"]["source"] = "https://me:s3cret@host/digits?sig=s3cret"
+    (run.path / "experiment.json").write_text(json.dumps(recorded))
+    old = Run.open(run.path)
+    assert "data.source=https://host/digits" in summary.command(old)
+    assert old.experiment.flat()["data.source"] == "https://host/digits"
+    assert "s3cret" not in summary.markdown(old) + report.write(old).read_text()
+
+
+def test_a_command_that_hangs_says_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As nvidia-smi where the driver is in trouble."""
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexec sleep 60\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(summary, "COMMAND_SECONDS", 0.1)
+    assert summary.environment()["gpu"] == []
+
+
+def test_only_code_that_decides_a_result_counts_as_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+    monkeypatch.setattr(summary, "_output", lambda command: asked.append(command) or "x")
+    assert summary.commit() == "x (changed)"
+    (status,) = (command for command in asked if "status" in command)
+    assert status[status.index("--") + 1 :] == [":/dcgan", ":/flows", ":/constraints.txt"]

@@ -278,8 +278,12 @@ def test_the_next_address_is_tried_at_once_and_all_are_named(make_mirror: Make, 
     assert len(refusing.log) == 1
     gone = "http://127.0.0.1:9"  # no listener
     says = rf"{refusing.address}/f: HTTP {status} .*; {gone}/f: .*refused"
-    with pytest.raises(published.DownloadError, match=says):
+    with pytest.raises(published.DownloadError, match=says) as failed:
         get(tmp_path, refusing.address, gone)
+    assert failed.value.transient, "the second may be back later"
+    with pytest.raises(published.DownloadError) as failed:
+        get(tmp_path, refusing.address)
+    assert not failed.value.transient
 
 
 def test_a_mirror_stands_in_place_of_the_addresses(make_mirror: Make, tmp_path: Path) -> None:
@@ -303,10 +307,11 @@ def test_credentials_are_sent_and_never_shown(
         get(tmp_path / "d", mirror.address.replace("127.0.0.1", "localhost"))
     assert len(mirror.log) > before
     assert all("Authorization" not in seen.headers for seen in mirror.log[before:]), "another host's password"
-    (tmp_path / "netrc").write_text("machine")
+    (tmp_path / "netrc").write_text("machine 127.0.0.1\nlogin me s@cret")  # the keyword forgotten
     with pytest.raises(published.DownloadError):
         get(tmp_path / "d", mirror.address)
-    assert "no password is known for 127.0.0.1" in caplog.text
+    assert "no password is known for 127.0.0.1: line 2 of" in caplog.text
+    assert "cret" not in caplog.text
     assert "Authorization" not in mirror.log[-1].headers
 
 

@@ -4,14 +4,14 @@ import pytest
 import torch
 from strided import recorded
 
-from dcgan import models, patches
+from dcgan import im2col, models
 from dcgan.config import Model
 from dcgan.convolution import Conv2d, ConvTranspose2d
 
 
 @pytest.fixture
 def used(monkeypatch):
-    return recorded(monkeypatch, patches)
+    return recorded(monkeypatch, im2col)
 
 
 @pytest.mark.parametrize(("kernel", "channels", "expected"), [(4, 3, True), (5, 1, True), (5, 3, False), (3, 3, False)])

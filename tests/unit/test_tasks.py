@@ -1,0 +1,26 @@
+"""What the flows' tasks decide: which failures are tried again, and for how long they may run."""
+
+import pytest
+from prefect.states import Failed
+
+from dcgan.data.sources.published import DownloadError
+from dcgan.remote import RemoteError
+from flows import tasks
+
+
+@pytest.mark.parametrize(
+    ("error", "again"),
+    [
+        (RemoteError("no answer"), True),
+        (DownloadError("f could not be downloaded: HTTP 503", transient=True), True),
+        (DownloadError("f could not be downloaded: HTTP 404"), False),
+        (ValueError("train.steps=0"), False),
+    ],
+)
+def test_what_the_network_did_is_tried_again(error: Exception, again: bool) -> None:
+    assert tasks._is_transient(None, None, Failed(data=error)) is again  # type: ignore[arg-type]
+
+
+def test_what_may_take_days_has_no_limit() -> None:
+    for task in (tasks.ingest, tasks.train, tasks.measure_row):
+        assert task.timeout_seconds is None
