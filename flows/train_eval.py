@@ -23,6 +23,7 @@ from dcgan.config import Preset
 from dcgan.run import Run
 from flows import tasks
 
+UNREACHABLE = "Failed to reach API at"  # how Prefect's error for it begins
 FLOW_RUN = "prefect_flow_run"  # the tag of the MLflow run that names the flow run
 
 say = functools.partial(print, flush=True)
@@ -108,6 +109,11 @@ def main(words: list[str]) -> int:
     except KeyboardInterrupt:
         say("stopped; the same command goes on from here")
         return 130
+    except RuntimeError as error:
+        if not str(error).startswith(UNREACHABLE):
+            raise
+        say(f"error: {error}. `make up` starts a server; with PREFECT_API_URL unset this command starts its own")
+        return 1
     if not state.is_completed():
         say(f"error: {state.message}")
         return 1

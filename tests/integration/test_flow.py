@@ -1,7 +1,10 @@
 """The flow train-eval on a real Prefect server: all stages, the artifact, and how it goes on after a failure."""
 
 import base64
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -96,3 +99,14 @@ def test_wrong_override_stops_the_flow_before_it_starts_anything(tmp_path: Path)
     assert state.is_failed()
     assert "unknown key 'train.step', did you mean train.steps" in state.message
     assert not (tmp_path / "home").exists()
+
+
+def test_a_server_that_is_gone_is_said_in_one_line(tmp_path: Path) -> None:
+    """As after `make down` in a shell that has read var/env."""
+    environment = {**os.environ, "PREFECT_API_URL": "http://127.0.0.1:9/api", "DCGAN_HOME": str(tmp_path)}
+    command = [sys.executable, "-m", "flows.train_eval", "digits"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert done.stdout.startswith("error: Failed to reach API at http://127.0.0.1:9/api")
+    assert "PREFECT_API_URL unset" in done.stdout
+    assert "Traceback" not in done.stderr
