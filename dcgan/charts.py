@@ -1,4 +1,4 @@
-"""Line charts as SVG text: no script, no file, readable at phone width; colours and dashes are the page's style."""
+"""Draws line charts as SVG text, without scripts or files, readable at phone width; the page styles the lines."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,8 @@ from html import escape
 
 WIDTH, HEIGHT = 420, 230  # a phone is about 400 CSS pixels wide, so that text is not scaled down
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 8, 24  # margins: the numbers of the axes
-MOST = 160  # points drawn of a series: more than one to three pixels can't be told apart
+MOST = 160  # points drawn per series: more than one per three pixels can't be told apart
+TICKS = 5  # of an axis
 
 Point = tuple[float, float]
 
@@ -22,9 +23,9 @@ class Bucket:
     high: float
 
 
-def thin(points: Sequence[Point], most: int = MOST) -> list[Bucket]:
-    """At most `most` buckets of neighbouring points, so that a spike stays visible in the range."""
-    size = max(1, math.ceil(len(points) / most))
+def thin(points: Sequence[Point]) -> list[Bucket]:
+    """At most MOST buckets of neighbouring points, so that a spike stays visible in the range."""
+    size = max(1, math.ceil(len(points) / MOST))
     buckets = []
     for start in range(0, len(points), size):
         xs, ys = zip(*points[start : start + size], strict=True)
@@ -32,10 +33,10 @@ def thin(points: Sequence[Point], most: int = MOST) -> list[Bucket]:
     return buckets
 
 
-def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers within [low, high]: steps of 1, 2 or 5 times a power of ten, about `about` of them."""
+def ticks(low: float, high: float) -> list[float]:
+    """Round numbers within [low, high]: steps of 1, 2 or 5 times a power of ten, about TICKS of them."""
     span = high - low
-    rough = span / about
+    rough = span / TICKS
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
     first = math.ceil(low / step - 1e-9)
@@ -57,9 +58,9 @@ def chart(
     marks: Sequence[float] = (),
     ys: tuple[float, float] | None = None,
 ) -> str:
-    """An SVG element: one line a series, a dotted upright line at each of `marks`. Raises ValueError without points.
+    """An SVG element: one line per series, a dotted vertical line at each of `marks`. Raises ValueError without points.
 
-    xs: the range of x. ys: that of y; it fits the data if None. A series of few points shows each as a dot.
+    xs: the range of x. ys: the range of y; None fits it to the data. A series of few points shows each as a dot.
     """
     lines = {name: thin(points) for name, points in series.items() if points}
     everything = [bucket for buckets in lines.values() for bucket in buckets]
@@ -81,7 +82,7 @@ def _range(values: Sequence[float]) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class _Frame:
-    """Where values lie in the picture."""
+    """Maps values to positions in the picture."""
 
     xs: tuple[float, float]
     ys: tuple[float, float]
@@ -107,7 +108,7 @@ class _Frame:
         return f'<path class="mark" d="M{self.x(value):.1f} {TOP}V{HEIGHT - BOTTOM}"/>'
 
     def line(self, index: int, buckets: list[Bucket]) -> str:
-        """The range as a band, the mean as a line, dots where there are few."""
+        """The range as a band, the mean as a line, and dots if there are few points."""
         points = [(self.x(b.x), self.y(b.y)) for b in buckets]
         above = [(self.x(b.x), self.y(b.high)) for b in buckets]
         below = [(self.x(b.x), self.y(b.low)) for b in reversed(buckets)]

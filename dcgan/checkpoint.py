@@ -1,10 +1,11 @@
-"""Checkpoints: written aside, hashed, renamed; the newest valid one is where a run goes on.
+"""Checkpoints: written aside, hashed, then renamed into place; a run resumes from the newest valid one.
 
     checkpoints/<step>/state.pt        nets, moving average, optimizers, experiment, image shape; tensors and plain data
-    checkpoints/<step>/manifest.json   step, identity and the SHA-256 of state.pt; without it there is no checkpoint
+    checkpoints/<step>/manifest.json   step, identity, distance (`swd`, from which best.json is derived) and the
+                                       SHA-256 of state.pt; without it there is no checkpoint
     checkpoints/best.json              the step with the lowest sliced Wasserstein distance so far, and that distance
 
-No generator state is stored: what is random at a step is a pure function of the seed and the step (data/batches.py).
+No random generator's state is stored: what is random at a step is a pure function of seed and step (data/batches.py).
 """
 
 import json
@@ -32,7 +33,7 @@ class IncompatibleError(ValueError):
 
 
 def snapshot(game: Game, step: int, run: Run, store: Store) -> dict[str, Any]:
-    """Everything needed to go on after `step`, copied where it is: training may change the nets while it is written."""
+    """Everything needed to resume after `step`, copied on its device: training may change the nets during writing."""
     state: dict[str, Any] = {
         "step": step,
         "identity": identity(run),
@@ -74,7 +75,7 @@ class Writer:
         self._pending: Future[None] | None = None
 
     def save(self, state: dict[str, Any], swd: float) -> None:
-        """Queue a snapshot with its validation distance, after the one before it is on disk."""
+        """Queue a snapshot with its distance, once the previous one is on disk."""
         self.wait()
         self._pending = self._thread.submit(self._write, state, swd)
 
@@ -109,9 +110,9 @@ def steps(run: Run) -> list[int]:
 
 
 def read_best(run: Run) -> dict[str, Any] | None:
-    """What best.json is to hold, from the manifests: a kill may come between a checkpoint and that file.
+    """What best.json should hold, from the manifests: a kill may come between a checkpoint and that file.
 
-    Step, metric, value of the checkpoint of lowest distance, the first of equals; None before there is one.
+    Step, metric and value of the checkpoint with the lowest distance, the first of equals; None if there is none.
     """
     found = []
     for step in steps(run):
@@ -142,7 +143,7 @@ def latest(run: Run) -> Path | None:
 
 
 def best(run: Run) -> Path | None:
-    """The checkpoint of lowest distance, or None. Raises CorruptError if it is damaged."""
+    """The checkpoint with the lowest distance, or None. Raises CorruptError if it is damaged."""
     lowest = read_best(run)
     if lowest is None:
         return None
@@ -166,14 +167,14 @@ def load(directory: Path) -> dict[str, Any]:
 
 
 def identity(run: Run) -> dict[str, Any]:
-    """What a checkpoint must share with the run that goes on from it: every setting of `identity`, and the images."""
+    """What a checkpoint must share with the run that resumes from it: every setting of `identity`, and the images."""
     sections = run.experiment.identity()
     flat = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
     return {**flat, "image store": run.fingerprint}
 
 
 def check_fits(directory: Path, run: Run) -> None:
-    """Raise IncompatibleError, naming what differs, if the run can't go on from this checkpoint."""
+    """Raise IncompatibleError, naming what differs, if the run can't resume from this checkpoint."""
     theirs, ours = storage.read_manifest(directory, hashes=False)["identity"], identity(run)
     differences = [f"{key}: {theirs.get(key)} there, {ours[key]} here" for key in ours if theirs.get(key) != ours[key]]
     if differences:
@@ -194,9 +195,9 @@ def restore(game: Game, directory: Path, run: Run) -> int:
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Its moments, in the order of memory that the weights have here: fused Adam on a CPU does not look at strides.
+    """Load its moments in the memory format that the weights have here: fused Adam on a CPU ignores strides.
 
-    The settings stay its own. They are those of the experiment, but for what the device asks for.
+    The optimizer keeps its own settings: the experiment's, except for what the device requires.
     """
     optimizer.load_state_dict({"state": state["state"], "param_groups": optimizer.state_dict()["param_groups"]})
     for parameter, moments in optimizer.state.items():

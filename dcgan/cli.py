@@ -1,6 +1,6 @@
-"""The command line: `dcgan COMMAND PRESET-or-RUN section.key=value ...`, one command a stage.
+"""The command line: `dcgan COMMAND PRESET-or-RUN section.key=value ...`, one command per stage.
 
-Heavy libraries are imported by the stage that needs them, so help and refusals answer at once.
+Heavy libraries are imported by the stage that needs them, so help and error messages appear at once.
 """
 
 import argparse
@@ -16,12 +16,12 @@ from dcgan import config
 from dcgan.config import PRESETS
 from dcgan.run import Run
 
-RUN_SECTIONS = ("compute", "evaluate")  # what a run may change and stay the same run
+RUN_SECTIONS = ("compute", "evaluate")  # sections that a run may change and stay the same run
 USER_ERROR, INTERRUPTED = 2, 130  # exit codes: argparse's own for a wrong command line, the shell's for Ctrl-C
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code. What the user can mend is one line on stderr, a bug keeps its traceback."""
+    """Run one command and return its exit code. What the user can fix is one line on stderr; a bug has its traceback."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("dcgan").setLevel(logging.INFO)
     parser = _parser()
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest and (chosen.command is not reproduce or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
-        chosen.words += rest  # argparse takes words for as many as it needs at once, and none after an option
+        chosen.words += rest  # argparse fills a positional at the first chance, and takes no words after an option
     try:
         chosen.command(chosen)
     except (ValueError, OSError, RuntimeError) as error:
@@ -155,9 +155,9 @@ def _evaluate(run: Run) -> None:
 
 
 def find(target: str, overrides: Sequence[str]) -> Run:
-    """The run that a word means: of a preset, after ingesting its images; or one that is there already.
+    """The run that a word names: a preset's, after ingesting its images, or one that already exists.
 
-    Raises ValueError for a word that is neither, and for an override that would make a run another run.
+    Raises ValueError for a word that is neither, and for an override that would make it a different run.
     """
     if target in PRESETS:
         from dcgan import stages
@@ -180,7 +180,7 @@ def run_path(word: str) -> Path:
 
 
 def _changed(run: Run, overrides: Sequence[str]) -> Run:
-    """The run with other `compute` and `evaluate` settings, recorded in it, where worker processes read them."""
+    """The run with changed `compute` and `evaluate` settings, recorded in it, where worker processes read them."""
     if not overrides:
         return run
     experiment = config.override(run.experiment.model_dump(mode="json"), overrides)
@@ -195,7 +195,7 @@ def _changed(run: Run, overrides: Sequence[str]) -> Run:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with its errors in the form of ours: one line, without the usage."""
+    """argparse with errors in the form of all others: one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(_refuse(message))

@@ -1,8 +1,7 @@
-"""Ray, here or an existing cluster's, and a function of many jobs spread over it by Ray Data.
+"""Connects to Ray, started here or on an existing cluster, and runs a function on many jobs with Ray Data.
 
-RAY_ADDRESS names an existing cluster; without it a local Ray is started, guarded by a token of its own, and stopped
-again whatever happens. With cluster_train.py and cluster_search.py the only module that imports ray; none of them
-knows what it runs.
+RAY_ADDRESS names an existing cluster; without it a local Ray is started, guarded by its own token, and stopped again
+whatever happens. Only this module, cluster_train.py and cluster_search.py import ray; none of them knows what it runs.
 """
 
 import logging
@@ -28,27 +27,27 @@ OBJECT_STORE = 2**27  # bytes; no image and no tensor passes through Ray, whose 
 LOOPBACK = "127.0.0.2"  # Ray replaces 127.0.0.1 by the address of a network interface, which a laptop may lose
 START_ATTEMPTS = 3  # Ray gives its own processes 15 s to start; the next attempt finds the libraries in memory
 SOCKET = len("/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store")  # bytes below its directory
-# A restart would fail in the same way.
+# Errors that a restart would only repeat.
 REPEATS = (ValueError, TypeError, LookupError, ArithmeticError, AssertionError, storage.CorruptError)
 
-started_here = threading.Event()  # set while the Ray that this process uses is one that `session` has started
+started_here = threading.Event()  # set while this process uses a Ray that `session` has started
 
 # Read by Ray when it is imported or started; what the user has set wins.
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ENABLE_AUTO_CONNECT": "0",  # or a thread of Ray Data that outlives its session starts a Ray of its own
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # or a thread of Ray Data that outlives its session starts its own Ray
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # workers stay in the working directory, so that relative paths hold
-    # What Ray does beside the workers slows them where they use every core. The controller asks them this often, which
-    # also bounds how long a finished run waits; preemption is noticed by the worker's death.
+    # Ray's background work slows workers that use every core. The controller polls them this often, which also bounds
+    # how long a finished run waits; preemption is noticed by the worker's death.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
-    "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",  # it would set up the loggers of this process
-    "RAY_worker_niceness": "0",  # by default workers give way to whatever else runs, Ray's own processes too
+    "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",  # it would configure this process's loggers
+    "RAY_worker_niceness": "0",  # by default workers yield to everything else that runs, Ray's own processes too
     "RAY_enable_metrics_collection": "0",
-    "REPORTER_UPDATE_INTERVAL_MS": "60000",  # of the agent, to a dashboard that is not there
+    "REPORTER_UPDATE_INTERVAL_MS": "60000",  # the agent's reports, to a dashboard that is not there
     "RAY_memory_monitor_refresh_ms": "1000",  # 250 by default
-    # Tune (cluster_search.py): no tables, no copies of results, Ctrl-C is ours; told of a callback it imports MLflow.
+    # Tune (cluster_search.py): no tables, no copies of results, Ctrl-C is ours; given a callback, it imports MLflow.
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
@@ -67,11 +66,11 @@ def scatter(
     concurrency: int | None = None,
     device: str = "cpu",
 ) -> Iterator[Result]:
-    """`function` of each job, in whatever order they end: Ray Data, a processor and a process a job.
+    """Yield `function(job)` for each job, in order of completion: Ray Data, one CPU and one process per running job.
 
-    Jobs and results are pickled; both are small, what is large goes through files. A job whose process dies is done
-    again. concurrency: processes at most; None: every processor of the machine or the cluster. device: as
-    `compute.device`, whether each has a GPU. Raises what `function` raised; other jobs are stopped then.
+    Jobs and results are pickled; both are small, large data goes through files. A job whose process dies is repeated.
+    concurrency: most processes; None: one per CPU of the machine or cluster. device: as `compute.device`, decides
+    whether each has a GPU. Raises what `function` raised, and stops the other jobs.
     """
     if not jobs:
         return
@@ -84,10 +83,10 @@ def scatter(
         context.print_on_execution_start = False
         context.enable_operator_progress_bars = False
         for name in ("ray.data", "ray.data.util", "ray.data._internal"):
-            logging.getLogger(name).setLevel(logging.ERROR)  # that jobs are pickled and nothing is drawn is as wanted
+            logging.getLogger(name).setLevel(logging.ERROR)  # it warns of pickled jobs and missing progress bars
 
         class Worker:
-            """A process that does one job after another, with the next ones at hand: starting each anew takes 0.2 s."""
+            """A process that does one job after another, with the next ones queued: a new process per job takes 0.2 s."""
 
             def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
                 try:
@@ -106,7 +105,7 @@ def scatter(
 
 
 def use_gpu(compute: Compute, gpus: int) -> bool:
-    """Whether each worker gets one of the cluster's GPUs; raises ValueError if it is to and there are too few."""
+    """Whether each worker gets one of the cluster's GPUs; raises ValueError if it should and there are too few."""
     if compute.device == "cpu" or (compute.device == "auto" and gpus == 0):
         return False
     if gpus < compute.workers:
@@ -118,21 +117,21 @@ def use_gpu(compute: Compute, gpus: int) -> bool:
 
 
 def prepare() -> None:
-    """Set what Ray reads when it is imported."""
+    """Set the environment variables that Ray reads when it is imported."""
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     if "RAY_ADDRESS" not in os.environ:
-        # Ray's agents would outlive a killed driver by a minute, waiting for a server that died with it. But every
-        # process gives up, and exits without a word, if the server takes longer to start: eight seconds were seen.
+        # By default Ray's agents outlive a killed driver by a minute, waiting for a server that died with it. But a
+        # process also exits silently if the server takes longer than this to start: eight seconds were seen.
         os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "20")
         if "RAY_AUTH_MODE" not in os.environ:
-            # A token of this process's own: by default Ray writes one to ~/.ray; without one any user can run code.
+            # This process's own token: by default Ray writes one to ~/.ray; without a token any user can run code.
             os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
 
 
 @contextmanager
 def session(home: Path, workers: int) -> Iterator[None]:
-    """Ray, initialised: what this process already has, else the cluster at RAY_ADDRESS, else a local one of its own."""
+    """Initialised Ray: the one this process already has, else the cluster at RAY_ADDRESS, else a new local one."""
     prepare()
     address = os.environ.get("RAY_ADDRESS", "local")
     import ray
@@ -144,8 +143,8 @@ def session(home: Path, workers: int) -> Iterator[None]:
         before = signal.getsignal(signal.SIGTERM)
         _connect(address, directory, workers)
         try:
-            # Ray's handler prints the machine code's stack and dies on the spot, and Prefect can't cancel a flow whose
-            # handler was replaced. Where there was none, SIGTERM is now Ctrl-C: the session is closed on the way.
+            # Ray's handler prints the native stack and dies on the spot, and Prefect can't cancel a flow whose handler
+            # was replaced. Where there was none, SIGTERM now acts as Ctrl-C, so that the session is closed.
             _handle_sigterm(signal.default_int_handler if before == signal.SIG_DFL else before)
             yield
         finally:
@@ -155,7 +154,7 @@ def session(home: Path, workers: int) -> Iterator[None]:
 
 
 def _handle_sigterm(handler: Any) -> None:
-    if threading.current_thread() is threading.main_thread():  # others can't
+    if threading.current_thread() is threading.main_thread():  # other threads can't
         signal.signal(signal.SIGTERM, handler)
 
 
@@ -187,10 +186,10 @@ def _connect(address: str, directory: Path, workers: int) -> None:
 
 @contextmanager
 def _lean() -> Iterator[None]:
-    """Keep ray.init from starting three processes, each a second or more to start, that would do nothing for us.
+    """Keep ray.init from starting three processes that are of no use here and take a second or more each.
 
-    The monitor asks a cloud for machines; the API server, for which ray.init waits, is one without a dashboard; the log
-    monitor reads all logs ten times a second for drivers that want them sent.
+    The monitor requests machines from a cloud; the API server, which ray.init waits for, has no dashboard to serve; the
+    log monitor reads all logs ten times per second, for drivers that want them sent.
     """
     from ray._private.node import Node
 
@@ -206,7 +205,7 @@ def _lean() -> Iterator[None]:
 
 @contextmanager
 def _short(directory: Path) -> Iterator[Path]:
-    """The directory, by another name if its own is too long for the Unix sockets that Ray keeps below it."""
+    """The directory, or a link to it if its own path is too long for the Unix sockets that Ray keeps below it."""
     directory.mkdir(parents=True, exist_ok=True)
     if len(os.fsencode(directory)) + SOCKET <= 107:  # Linux: sun_path in unix(7)
         yield directory

@@ -1,4 +1,4 @@
-"""Random search by Ray Tune: a function of many settings, each result kept. See cluster.py."""
+"""Runs the trials of a random search with Ray Tune: one function, many settings, each result kept. See cluster.py."""
 
 import json
 import logging
@@ -21,12 +21,12 @@ RETRIES = 3  # of a trial whose process died, as often as `compute.max_failures`
 def search(
     function: Callable[[Json], Json], trials: Sequence[Json], home: Path, directory: Path, gpus: float = 0
 ) -> list[Json | None]:
-    """`function` of the settings of each trial, in their order: Ray Tune, a processor and `gpus` of a GPU a trial.
+    """`function(trial)` for each trial, in their order, by Ray Tune with one CPU and `gpus` of a GPU per trial.
 
-    Settings and results are JSON, and the settings say all that decides the result: it is kept in `directory` under
-    their digest, and a search that was killed goes on from what is there. A trial whose process dies is done again, up
-    to RETRIES times. One that fails has the result None, a warning says why, and the next search tries it again.
-    Raises WorkerError if all fail, or ValueError before anything starts if Ray has no such GPU.
+    Settings and results are JSON, and a trial's settings determine its result: it is kept in `directory` under their
+    digest, and a killed search resumes from what is there. A trial whose process dies is repeated, up to RETRIES times.
+    One that fails has the result None, a warning says why, and the next search tries it again.
+    Raises WorkerError if all fail, or ValueError before any trial starts if Ray has no such GPU.
     """
     files = [directory / f"{digest(trial)}.json" for trial in trials]
     missing = [trial for trial, file in zip(trials, files, strict=True) if not file.exists()]
@@ -44,13 +44,13 @@ def search(
 def _tune(
     function: Callable[[Json], Json], trials: Sequence[Json], home: Path, directory: Path, gpus: float
 ) -> list[str]:
-    """Write each trial's result into `directory`; returns why trials failed, a line each."""
+    """Write each trial's result into `directory`; returns why trials failed, one line each."""
     import ray
     from ray import tune
 
     if gpus > ray.cluster_resources().get("GPU", 0):
         raise ValueError(f"a trial needs {gpus} of a GPU, and Ray has none: search on the CPU")
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failures are said in a line each, by the caller
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the caller logs each failure in one line
 
     def attempt(config: Json) -> Json:
         trial = config["trial"]
@@ -82,6 +82,6 @@ def _tune(
 
 
 def _line(error: BaseException) -> str:
-    """Its type and its message, without Ray's pages about a process that died."""
+    """An error's type and message, without Ray's pages about a process that died."""
     own = getattr(error, "cause", error)  # Ray wraps what the function raised
     return f"{type(own).__name__}: {textwrap.shorten(str(own), 200)}"

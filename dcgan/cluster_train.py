@@ -1,4 +1,4 @@
-"""Ray Train: run a function in several worker processes, here or on an existing cluster, and restart what dies.
+"""Runs a function in several Ray Train workers, here or on an existing cluster, and restarts them if one dies.
 
 Each worker gets an equal share of the cores, a process group that is already initialised (gloo, or NCCL on GPUs) and
 the variables that torchrun sets. Ray's own checkpoints are not used: a restarted function finds its own.
@@ -25,14 +25,14 @@ COLLECTIVE_TIMEOUT = 600  # seconds until a hung peer counts as dead: as long as
 def launch(function: Callable[..., None], arguments: tuple, compute: Compute, home: Path, name: str) -> None:
     """Run `function(*arguments)` in `compute.workers` >= 1 processes at once; return when all have returned.
 
-    If one dies or fails, all are stopped and started again, `compute.max_failures` times, and not at all for an
-    exception that a restart would only repeat; a death before all have started counts apart. `name` is the run's in
-    Ray's views; Ray's files go to `home`/ray.
-    Raises WorkerError, or ValueError before anything starts if Ray lacks the CPUs or GPUs that were asked for.
+    If one dies or fails, all are stopped and restarted, up to `compute.max_failures` times, but not after an exception
+    that a restart would only repeat; a death before all have started is counted separately. `name` is the run's name
+    in Ray's views; Ray's files go to `home`/ray.
+    Raises WorkerError, or ValueError before any worker starts if Ray lacks the requested CPUs or GPUs.
     """
     log.info("starting %d Ray worker%s", compute.workers, "" if compute.workers == 1 else "s")
     prepare()
-    # Four seconds of imports, while Ray's servers start.
+    # Four seconds of imports, done while Ray's servers start.
     threading.Thread(target=importlib.import_module, args=("ray.train.torch",), name="imports", daemon=True).start()
     for attempts_left in range(compute.max_failures, -1, -1):
         with session(home, compute.workers):
@@ -50,7 +50,7 @@ def launch(function: Callable[..., None], arguments: tuple, compute: Compute, ho
                 if isinstance(cause, WorkerError):
                     raise cause from error
                 # Ray gives up on a worker that dies before the group has started, whatever FailureConfig says, and
-                # then keeps the CPUs of the others: a session that is not ours would never have them back.
+                # then keeps the CPUs of the others: a session that is not ours would never get them back.
                 _remove_placement_groups(_placement_groups() - others)
                 if not (isinstance(cause, RayActorError) and attempts_left):
                     raise WorkerError(f"Ray's controller failed: {type(cause).__name__}: {cause}") from error
@@ -58,7 +58,7 @@ def launch(function: Callable[..., None], arguments: tuple, compute: Compute, ho
 
 
 def _placement_groups() -> set[str]:
-    """The ids of what holds CPUs for groups of workers."""
+    """The ids of the placement groups, which hold CPUs for groups of workers."""
     from ray.util import placement_group_table
 
     return {name for name, group in placement_group_table().items() if group["state"] != "REMOVED"}
@@ -90,14 +90,14 @@ def _trainer(
                 raise _readable(worker_exceptions)
 
     class NoAutoscaler(FixedScalingPolicy):  # type: ignore[misc]
-        """Tells nobody how many CPUs are wanted."""
+        """Does not tell an autoscaler how many CPUs are wanted."""
 
         def _send_resource_request(self) -> None: ...
         def _maybe_send_resource_request(self) -> None: ...
         def _cancel_resource_request(self) -> None: ...
 
     class Workers(WorkerGroup):  # type: ignore[misc]
-        """Without the actor at which workers wait for one another when they report to Ray, which ours never do."""
+        """Without the actor that makes workers wait for one another when they report to Ray: these never report."""
 
         def _init_train_context_on_workers(self, workers: list[Any], actor: Any, arguments: dict[str, list]) -> None:
             ray.kill(actor)
@@ -108,7 +108,7 @@ def _trainer(
                     synchronization_actor=actor,
                     storage_context=self._storage_context,
                     worker_callbacks=self._worker_callbacks_to_propagate,
-                    controller_actor=None,  # for reports, too
+                    controller_actor=None,  # also only for reports
                     **{name: values[rank] for name, values in arguments.items()},
                 )
                 for rank, worker in enumerate(workers)
@@ -119,10 +119,10 @@ def _trainer(
         worker_group_cls = Workers
 
     class Trainer(TorchTrainer):  # type: ignore[misc]
-        """Without processes that are not needed, each with seconds to start and 1 % of a CPU from then on.
+        """Without unneeded processes, each of which takes seconds to start and 1 % of a CPU from then on.
 
-        One hands out Ray's data sets, and there are none. A local Ray has no more machines that one could ask for, and
-        ends with its driver: so the controller runs in here, and no other process frees its CPUs when it dies.
+        One hands out Ray data sets, of which there are none. A local Ray has no further machines to request, and ends
+        with its driver: so the controller runs in this process, and no other one frees its CPUs when it dies.
         """
 
         def _create_default_callbacks(self) -> list[Any]:
@@ -140,7 +140,7 @@ def _trainer(
             return controller.get_result()
 
         def _register_sigint_handler(self, controller: Any) -> None:
-            """None: Ray's swallows Ctrl-C; so KeyboardInterrupt is raised and the session is closed on the way."""
+            """None: Ray's swallows Ctrl-C; without it KeyboardInterrupt is raised, which closes the session."""
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cpus = _share([int(node.get("CPU", 0)) for node in nodes], compute.workers)
@@ -156,7 +156,7 @@ def _trainer(
             resources_per_worker={"CPU": cpus},
         ),
         run_config=RunConfig(
-            # A name of its own for each launch: Ray must never find a snapshot of its own to resume from.
+            # A new name for each launch: Ray must never find one of its own snapshots to resume from.
             name=f"{name}-{secrets.token_hex(4)}",
             storage_path=str(home / "ray" / "train"),
             failure_config=FailureConfig(max_failures=attempts),
@@ -166,7 +166,7 @@ def _trainer(
 
 
 def _in_event_loop() -> bool:
-    """Whether this thread runs one already, as a notebook's does: it can't run a second."""
+    """Whether this thread already runs an event loop, as a notebook's does: it can't run a second one."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -182,7 +182,7 @@ def _work(config: dict[str, Any]) -> None:
 
 
 def _share(nodes: list[int], workers: int) -> int:
-    """The most CPUs each of `workers` can have, given the CPUs of each node; a worker lies within one node."""
+    """The most CPUs that each of `workers` can have, given each node's CPUs; a worker stays within one node."""
     for cpus in range(sum(nodes) // workers, 0, -1):
         if sum(node // cpus for node in nodes) >= workers:
             return cpus
@@ -190,7 +190,7 @@ def _share(nodes: list[int], workers: int) -> int:
 
 
 def _readable(failures: dict[int, Exception]) -> WorkerError:
-    """The failure that says most: an exception of the function before the death of a process that took others along."""
+    """The most telling failure: the function's own exception, rather than the death of a process it took along."""
     rank, error = min(failures.items(), key=lambda item: (not isinstance(_own(item[1]), REPEATS), item[0]))
     own = _own(error)
     return WorkerError(f"worker {rank}: {type(own).__name__}: {' '.join(str(own).split())}")

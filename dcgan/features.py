@@ -127,7 +127,7 @@ def extract(run: Run, maker: Maker = map) -> None:
 def _extract(run: Run, maker: Maker) -> None:
     store, directory = run.store(), checkpoint.chosen(run)
     generator, trained, _ = checkpoint.load_nets(directory)
-    _, random, _ = _untrained(run, store)
+    _, random = _untrained(run, store)
     wanted = {"discriminator": (trained, int(directory.name)), "random_init": (random, 0)}
     for source, (net, step) in wanted.items():
         bank = bank_of(run, source, step)
@@ -144,13 +144,12 @@ def bank_of(run: Run, source: str, step: int) -> Path:
     return run.features / f"{source}-{step}-{run.scored}"
 
 
-def _untrained(run: Run, store: Store) -> tuple[Generator, Discriminator, None]:
+def _untrained(run: Run, store: Store) -> tuple[Generator, Discriminator]:
     """The control: the nets as training found them, from the same seed."""
     experiment = run.experiment
-    nets = models.build(
+    return models.build(
         experiment.model, store.channels, len(store.classes), experiment.data.size, experiment.train.seed
     )
-    return *nets, None
 
 
 def _write_bank(

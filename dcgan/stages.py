@@ -230,10 +230,14 @@ def representation(run: Run, name: str, split: str) -> np.ndarray:
     from dcgan import checkpoint, features
 
     if name == "raw_pixels":
-        images = run.scored_store().images(split)
-        return images.reshape(len(images), -1).astype(np.float32) / 255
+        return raw_pixels(run.scored_store().images(split))
     step = int(checkpoint.chosen(run).name) if name == "discriminator" else 0
     return features.read_bank(run, name, step, split)
+
+
+def raw_pixels(images: np.ndarray) -> np.ndarray:
+    """uint8 (N, C, H, W) as float32 (N, C * H * W) in [0, 1]."""
+    return images.reshape(len(images), -1).astype(np.float32) / 255
 
 
 def report(run: Run) -> Path:

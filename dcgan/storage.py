@@ -105,15 +105,13 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def seal(directory: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Write the manifest: `metadata` and, under `files`, each file's bytes and SHA-256. Returns the manifest."""
+def seal(directory: Path, metadata: Mapping[str, Any]) -> None:
+    """Write the manifest: `metadata` and, under `files`, each file's bytes and SHA-256."""
     files = {}
     for path in sorted(p for p in directory.rglob("*") if p.is_file()):
         flush(path)
         files[path.relative_to(directory).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-    manifest = {**metadata, "files": files}
-    write_json(directory / MANIFEST, manifest)
-    return manifest
+    write_json(directory / MANIFEST, {**metadata, "files": files})
 
 
 def publish(staged: Path, destination: Path) -> None:

@@ -5,7 +5,6 @@ is named by the input. Killed at any moment, the same command goes on from the s
 out is the same, byte for byte, whoever made it.
 """
 
-import fcntl
 import json
 import logging
 import math
@@ -136,11 +135,7 @@ def _working(home: Path, key: str) -> Iterator[Path]:
     directory = home / "stores" / f".ingest-{key}"
     directory.mkdir(parents=True, exist_ok=True)
     (index := home / "stores" / "index").mkdir(exist_ok=True)
-    with (index / f"{key}.lock").open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise storage.BusyError(f"another process is ingesting into {directory}") from error
+    with storage.hold(index / f"{key}.lock", str(directory)):
         try:
             yield directory
         finally:

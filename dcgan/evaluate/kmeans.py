@@ -23,7 +23,6 @@ class Clusters(NamedTuple):
 
     labels: np.ndarray
     inertia: float
-    iterations: int
 
 
 def kmeans(x: Samples, count: int, starts: int, seed: int) -> Clusters:
@@ -75,10 +74,9 @@ def lloyd(x: Samples, centres: Tensor, squared: Tensor) -> Clusters:
     starts, count, _ = centres.shape
     limit = TOLERANCE * _mean_variance(x, squared)
     labels = torch.full((starts, len(x)), -1, device=x.device)
-    going, iterations = torch.arange(starts, device=x.device), np.zeros(starts, np.int64)
+    going = torch.arange(starts, device=x.device)
     for _ in range(ITERATIONS):
         nearest, distances, sums = _assign(x, centres[going], squared)
-        iterations[going.cpu()] += 1
         same = (nearest == labels[going]).all(1)
         labels[going] = nearest
         sizes = torch.stack([each.bincount(minlength=count) for each in nearest])
@@ -93,7 +91,7 @@ def lloyd(x: Samples, centres: Tensor, squared: Tensor) -> Clusters:
     labels, distances, _ = _assign(x, centres, squared)
     inertia = distances.sum(1, dtype=torch.float64)
     best = int(inertia.argmin())
-    return Clusters(labels[best].cpu().numpy(), float(inertia[best]), int(iterations[best]))
+    return Clusters(labels[best].cpu().numpy(), float(inertia[best]))
 
 
 def _assign(x: Samples, centres: Tensor, squared: Tensor) -> tuple[Tensor, Tensor, Tensor]:

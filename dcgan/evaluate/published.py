@@ -5,7 +5,6 @@ trained on ImageNet, and which layer, crop and restarts the clustering rows used
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 PAPER = "Radford et al., ICLR 2016"
 DAC = "Chang et al., Deep Adaptive Image Clustering, ICCV 2017"
@@ -15,12 +14,11 @@ CODE = "measured with the original code's ImageNet discriminator, first four lay
 
 @dataclass(frozen=True)
 class Published:
-    """One figure. method: what was scored. better: the direction in which the metric improves."""
+    """One figure. method: what was scored."""
 
     value: float
     source: str
     method: str = "DCGAN"
-    better: Literal["higher", "lower"] = "higher"
 
 
 def _clustering(nmi: float, ari: float, accuracy: float, source: str, method: str) -> dict[str, Published]:

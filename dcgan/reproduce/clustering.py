@@ -2,10 +2,11 @@
 
 from functools import partial
 
+from dcgan import stages
 from dcgan.config import DataSet
 from dcgan.evaluate import clustering
 from dcgan.evaluate.published import PUBLISHED, RAW_PIXELS, Published
-from dcgan.reproduce.rows import Column, Figure, Measured, Row, Setting, Table, features, pixels
+from dcgan.reproduce.rows import Column, Figure, Measured, Row, Setting, Table, features
 
 NAMES = {name: f"clustering/{name}" for name in ("nmi", "nmi_geometric", "ari", "accuracy")}
 DATA: dict[DataSet, str] = {
@@ -25,7 +26,7 @@ def _features(preset: DataSet, setting: Setting) -> Measured:
 
 def _pixels(preset: DataSet, setting: Setting) -> Measured:
     store, settings = setting.images(preset)
-    images = {split: pixels(store.images(split)) for split in store.scored}
+    images = {split: stages.raw_pixels(store.images(split)) for split in store.scored}
     labels = {split: store.groups(split) for split in store.scored}
     none = images["train"][:0], labels["train"][:0]
     train, held, test = ((images[s], labels[s]) if s in images else none for s in ("train", "validation", "test"))

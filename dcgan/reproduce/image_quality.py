@@ -68,8 +68,8 @@ TABLE = Table(
     "Image quality, CIFAR-10",
     (
         Column("inception_score", "Inception score"),
-        Column("fid", "FID", better="lower"),
-        Column("kid", "KID", better="lower"),
+        Column("fid", "FID"),
+        Column("kid", "KID"),
         Column("precision", "precision"),
         Column("recall", "recall"),
     ),

@@ -54,7 +54,7 @@ def _drawn(count: int, setting: Setting) -> Measured:
 
 TABLE = Table(
     "MNIST, label-conditional",
-    (Column("error", "test error, 1-NN, %", percent=True, better="lower"),),
+    (Column("error", "test error, 1-NN, %", percent=True),),
     (
         Row("real", "real data, 50,000", {"error": Figure(0.031)}, PAPER, partial(_real, 50_000)),
         Row("gan_50k", "GAN, 50,000", {"error": Figure(0.0628)}, PAPER, QUOTED),

@@ -3,9 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
-
-import numpy as np
+from typing import Any, NamedTuple
 
 from dcgan import config, stages
 from dcgan.config import DataSet, Evaluate, Experiment
@@ -24,12 +22,11 @@ class Figure(NamedTuple):
 
 @dataclass(frozen=True)
 class Column:
-    """One metric. title: with its unit. percent: values are shares, shown times 100. better: its direction."""
+    """One metric. title: with its unit. percent: values are shares, shown times 100."""
 
     key: str
     title: str
     percent: bool = False
-    better: Literal["higher", "lower"] = "higher"
 
 
 @dataclass(frozen=True)
@@ -247,8 +244,3 @@ def arrays(store: Store) -> tuple[Labelled, Labelled | None, Labelled]:
 
 def _split(store: Store, split: str) -> Labelled:
     return store.images(split), store.labels(split)
-
-
-def pixels(images: np.ndarray) -> np.ndarray:
-    """uint8 (N, C, H, W) as float32 (N, C * H * W) in [0, 1]."""
-    return images.reshape(len(images), -1).astype(np.float32) / 255

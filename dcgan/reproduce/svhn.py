@@ -17,7 +17,7 @@ from dcgan.config import Evaluate, digest
 from dcgan.evaluate import knn, supervised, tsvm
 from dcgan.evaluate.published import PAPER
 from dcgan.evaluate.samples import device
-from dcgan.reproduce.rows import QUOTED, Column, Figure, Measured, Row, Setting, Table, arrays, features, pixels, scale
+from dcgan.reproduce.rows import QUOTED, Column, Figure, Measured, Row, Setting, Table, arrays, features, scale
 
 KINGMA = f"{PAPER}, after Kingma et al., NeurIPS 2014"
 DRAWS = "evaluate.draws=10"  # of the slow rows; nothing was published about theirs
@@ -58,7 +58,7 @@ def _error(found: dict[str, float], name: str, draws: int) -> tuple[dict[str, Fi
 
 def _in_pixels(name: str, scorer: Scorer, setting: Setting) -> Measured:
     store, settings = setting.images("svhn", DRAWS)
-    images = {split: pixels(store.images(split)) for split in store.scored}
+    images = {split: stages.raw_pixels(store.images(split)) for split in store.scored}
     found = scorer(settings, images, {split: store.labels(split) for split in images})
     figures, choices = _error(found, name, settings.draws)
     return Measured(figures, _labels(settings.labels_per_class), choices=choices)
@@ -152,8 +152,8 @@ def _quoted(key: str, method: str, error: float) -> Row:
 TABLE = Table(
     "SVHN with 1,000 labels",
     (
-        Column("error", "test error, %", percent=True, better="lower"),
-        Column("validation", "validation error, %", percent=True, better="lower"),
+        Column("error", "test error, %", percent=True),
+        Column("validation", "validation error, %", percent=True),
     ),
     (
         Row("knn", "KNN, pixels", {"error": Figure(0.7793)}, KINGMA, partial(_in_pixels, "knn_few_labels", _knn)),

@@ -60,7 +60,7 @@ class Digits(Setting):
 
 TABLE = Table(
     "Tiny",
-    (Column("a", "accuracy, %", percent=True), Column("b", "error", better="lower")),
+    (Column("a", "accuracy, %", percent=True), Column("b", "error")),
     (
         Row("counted", "counted", {"a": Figure(0.25, 0.01)}, "Someone, 2015", counted),
         Row("absent", "absent", {}, "", without_data),
