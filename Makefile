@@ -1,9 +1,9 @@
 # make run     train and score a DCGAN on real handwritten digits: pictures and a table in a few minutes
-# make test    lint, types and every test but those that need a CUDA device (tests/gpu)
+# make test    lint, types and every test except those that need a CUDA device (tests/gpu)
 # make check   lint and types
-# make bench   training beside PyTorch's DCGAN tutorial on this machine, into docs/performance.md: an hour on 2 cores
-# make ui      MLflow and Prefect in the browser, over all that has been run, until Ctrl-C
-# make up      Prefect, MLflow and a worker in the background, with everything of prefect.yaml deployed
+# make bench   compare training with PyTorch's DCGAN tutorial here; writes docs/performance.md: an hour on 2 cores
+# make ui      MLflow and Prefect in the browser, with everything run so far, until Ctrl-C
+# make up      Prefect, MLflow and a worker in the background, with everything in prefect.yaml deployed
 # make down    stop them
 #
 # Another preset, other settings:  make run PRESET=mnist SET="train.steps=500 train.batch_size=64"
@@ -14,7 +14,7 @@ SET =
 PYTHON = python3
 BIN = .venv/bin
 
-# All that runs keeps its files in here and reports to nobody.
+# Everything that runs keeps its files in here and reports to nobody.
 export DCGAN_HOME ?= $(CURDIR)/var
 export PREFECT_HOME = $(DCGAN_HOME)/prefect
 export PREFECT_SERVER_ANALYTICS_ENABLED = false
@@ -27,7 +27,7 @@ export MLFLOW_DISABLE_TELEMETRY = true
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
-# One short line a step, and what the library itself has to say.
+# One short line per step, and the library's own messages.
 run: export PREFECT_LOGGING_FORMATTERS_STANDARD_FLOW_RUN_FMT = %(asctime)s %(levelname)-7s %(message)s
 run: export PREFECT_LOGGING_FORMATTERS_STANDARD_TASK_RUN_FMT = %(asctime)s %(levelname)-7s %(task_run_name)s: %(message)s
 run: export PREFECT_LOGGING_FORMATTERS_STANDARD_FORMAT = %(asctime)s %(levelname)-7s %(message)s
@@ -37,8 +37,8 @@ run: .venv/installed
 	@mkdir -p "$(PREFECT_HOME)"
 	@$(BIN)/python -m flows.train_eval $(PRESET) $(SET)
 
-# A file of the slower suites in a process, three at a time: mostly they wait for servers to start or die. The longest first,
-# so that none runs on alone at the end: of the rest, the size of the file tells roughly.
+# One process per file of the slower suites, three at a time: mostly they wait for servers to start or die. The longest
+# first, so that none is left running alone at the end: for the rest, file size is a rough guide.
 test: check
 	@{ printf '%s\n' tests/unit tests/faults/test_*.py; ls -S tests/integration/test_*.py; } | xargs -P 3 -I@ sh -c \
 	  'found=$$($(BIN)/pytest -q @ 2>&1); code=$$?; printf "%s\n%s\n" "@" "$$found"; exit $$code'
@@ -57,7 +57,7 @@ ui up: .venv/installed
 down:
 	@if [ -x $(BIN)/python ]; then $(BIN)/python infra/local.py down; fi
 
-# uv, because pip takes minutes to resolve what uv resolves in seconds. The constraints bind what builds, too. Compiled at
+# uv, because pip takes minutes to resolve what uv resolves in seconds. The constraints apply to builds, too. Compiled at
 # once: where Python may not write bytecode, each of a run's ten processes would compile torch, MLflow and Ray for itself.
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

@@ -1,4 +1,4 @@
-"""Draws line charts as SVG text, without scripts or files, readable at phone width; the page styles the lines."""
+"""Draws line charts as SVG text: no script, no file, readable at phone width; the page sets colours and dashes."""
 
 import math
 from collections.abc import Mapping, Sequence

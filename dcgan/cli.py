@@ -21,7 +21,7 @@ USER_ERROR, INTERRUPTED = 2, 130  # exit codes: argparse's own for a wrong comma
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code. What the user can fix is one line on stderr; a bug has its traceback."""
+    """Run one command; returns the exit code. What users can fix is one line on stderr; a bug keeps its traceback."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("dcgan").setLevel(logging.INFO)
     parser = _parser()

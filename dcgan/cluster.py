@@ -86,7 +86,7 @@ def scatter(
             logging.getLogger(name).setLevel(logging.ERROR)  # it warns of pickled jobs and missing progress bars
 
         class Worker:
-            """A process that does one job after another, with the next ones queued: a new process per job takes 0.2 s."""
+            """A process that does one job after another, with the next ones queued: a process per job costs 0.2 s."""
 
             def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
                 try:

@@ -190,7 +190,7 @@ def _share(nodes: list[int], workers: int) -> int:
 
 
 def _readable(failures: dict[int, Exception]) -> WorkerError:
-    """The most telling failure: the function's own exception, rather than the death of a process it took along."""
+    """The most telling failure: one of REPEATS, which may have caused the others, else that of the lowest rank."""
     rank, error = min(failures.items(), key=lambda item: (not isinstance(_own(item[1]), REPEATS), item[0]))
     own = _own(error)
     return WorkerError(f"worker {rank}: {type(own).__name__}: {' '.join(str(own).split())}")

@@ -1,7 +1,7 @@
-"""Experiment: the one typed, frozen description of a run, built from a preset and dotted overrides.
+"""Builds `Experiment`, the one typed, frozen description of a run, from a preset and dotted overrides.
 
-It is built once, at the edge, with the same words (`train.steps=2000`) on the command line, in `prefect.yaml` and in
-the Prefect form. A function takes the section that it uses; `settings.py` says what each key means.
+It is built once, at the entry point, from the same words (`train.steps=2000`) on the command line, in `prefect.yaml`
+and in the Prefect form. A function takes only the section it uses; `settings.py` says what each key means.
 """
 
 import difflib
@@ -44,13 +44,13 @@ __all__ = [
     "validate",
 ]
 
-Preset = DataSet  # one a data set, of the same name
+Preset = DataSet  # one per data set, of the same name
 PRESETS: tuple[Preset, ...] = get_args(Preset)
 
 ADDRESSES = (
     ("data", "source"),
     ("evaluate", "images_source"),
-)  # section and key: with http(s):// a user may be in them
+)  # section and key: an http(s):// address may contain a user
 
 # Settings that only some data sets have: elsewhere they would change a run's name and nothing else.
 ENCODED: tuple[DataSet, ...] = (
@@ -118,7 +118,7 @@ class Experiment(Section):
     def flat(self) -> dict[str, str]:
         """Dotted key to value in JSON, as overrides take them and MLflow shows them.
 
-        Without what `build` refuses in an address: a run that was recorded before that may have it.
+        Without the parts of an address that `build` rejects: a run recorded before that check may have them.
         """
         sections = self.model_dump(mode="json")
         for section, key in ADDRESSES:
@@ -128,17 +128,17 @@ class Experiment(Section):
 
 
 def default_home() -> Path:
-    """DCGAN_HOME, or ./var: where a run is looked for by its name."""
+    """DCGAN_HOME, or ./var: where runs are looked up by name."""
     return Path(os.environ.get("DCGAN_HOME") or "var").absolute()
 
 
 def text(value: Any) -> str:
-    """A setting as an override takes it: JSON, and text as it is."""
+    """A setting as an override takes it: JSON, but text as it is."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
 class Knob(NamedTuple):
-    """What help says of one key. `default` is Ellipsis where the preset has to give a value."""
+    """What the help says about a key. `default` is Ellipsis where the preset must give a value."""
 
     description: str
     default: Any
@@ -206,9 +206,9 @@ def build(preset: str, overrides: Sequence[str] = ()) -> Experiment:
 
 
 def _refuse_what_is_recorded(experiment: Experiment) -> None:
-    """Raise ValueError, without naming it, for a secret in an address, and for what can't be kept of two promises.
+    """Raise ValueError for a secret in an address, without quoting it, and for data.offline with data.remote.
 
-    Not in the model: a run that was recorded before either was refused can still be opened.
+    Not part of the model's validation, so that a run recorded before either was rejected can still be opened.
     """
     for section, key in ADDRESSES:
         source = getattr(getattr(experiment, section), key)
@@ -297,7 +297,7 @@ def _unknown(key: str) -> str:
 
 
 def is_for_users(error: Exception) -> bool:
-    """Whether an error says what a user can mend: ours and the system's do, a library's RuntimeError is a bug's."""
+    """Whether an error tells users what to fix: ours and the system's do; a library's RuntimeError is a bug."""
     if isinstance(error, RuntimeError):
         return type(error).__module__.startswith("dcgan.")
     return isinstance(error, ValueError | OSError)

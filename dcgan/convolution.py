@@ -1,10 +1,10 @@
-"""The nets' convolutions, computed in another way than the library's where that is faster in training on a CPU.
+"""Computes the nets' convolutions in other ways than the library where that makes training on a CPU faster.
 
-In float32, layers of many channels by Winograd's filtering (`dcgan/winograd.py`) and those at the pixels, of few, as
-one product over patches (`dcgan/im2col.py`). In bfloat16 with AMX, the weight gradient of small maps as such a
-product, for which oneDNN takes two to five times as long. Labels, which a conditional net gives each layer as constant
-maps, are no maps here: what a label adds to the output is the same for all images. Everything else stays the library's,
-and so do the numbers, but for rounding.
+In float32, layers with many channels use Winograd's filtering (`dcgan/winograd.py`), and those at the pixels, with few,
+one product over patches (`dcgan/im2col.py`). In bfloat16 with AMX, the weight gradient of small maps is such a product,
+which takes oneDNN two to five times as long. A conditional net feeds labels to each layer as constant maps; here those
+maps are never built, because what a label adds is the same for all images. Everything else is left to the library, and
+results agree up to rounding.
 """
 
 from abc import ABC, abstractmethod
@@ -18,17 +18,17 @@ from torch.autograd.function import once_differentiable
 from dcgan import im2col, winograd
 from dcgan.winograd import Layer
 
-# Bytes of the patches: those of 128 images, 4x4 and stride 2, of 64 channels at 16 px. Twice as many were slower.
+# Most bytes of patches: 4x4 with stride 2, of 128 images of 64 channels at 16 px. Twice as many were slower.
 LARGEST = 2**24
 
-# How long Winograd's tiles take to be made, in multiplications of a product of matrices: a number of the larger map's
-# tiles, of the smaller map's, of the transformed weights. Fitted with AVX2 on 2 cores to layers of 3 to 5 taps, 32 to
-# 512 channels, 8 to 32 px and 16 to 128 images, whose time is met within 15 % (tests/benchmarks/bench_convolution.py).
-# Tiles that are made for three products, with the weight gradient's, cost less each than those for two.
+# The time to make Winograd's tiles, in multiplications of a matrix product: per number in the larger map's tiles, in
+# the smaller map's, and in the transformed weights. Fitted with AVX2 on 2 cores to layers of 3 to 5 taps, 32 to 512
+# channels, 8 to 32 px and 16 to 128 images, whose time is met within 15 % (tests/benchmarks/bench_convolution.py).
+# Tiles made for three products (with the weight gradient) cost less each than those made for two.
 TILES = {True: (55, 15, 30), False: (90, 30, 35)}
-LIMIT = 0.9  # of the time that the sum as written takes
+LIMIT = 0.9  # of the direct sum's time, below which Winograd's filtering is used
 
-# Numbers in a patch of the pixels: those of 4x4 and three channels. With 108, of 5x5, the library was faster.
+# Most numbers in a patch of pixels: 4x4 and three channels. With 108 (5x5, made even), the library was faster.
 NARROW = 48
 
 
@@ -39,7 +39,7 @@ class _Labelled(nn.Module, ABC):
     inputs: int  # the dimension of `weight` that counts the channels of the input
 
     def forward(self, x: Tensor, onehot: Tensor | None = None) -> Tensor:
-        """Of x (N, C, H, W), followed by K maps that are `onehot` (N, K) everywhere if there is one."""
+        """Convolve x (N, C, H, W), followed, if `onehot` (N, K) is given, by K constant maps of its values."""
         whole = self.weight  # read once: spectral normalisation computes it
         if onehot is None:
             return self._convolve(x, whole)
@@ -49,20 +49,20 @@ class _Labelled(nn.Module, ABC):
         return self._convolve(x, weight) + self._constant(x.shape[2:], labels.movedim(self.inputs, 0), onehot)
 
     def _constant(self, size: torch.Size, weight: Tensor, onehot: Tensor) -> Tensor:
-        """What the label's maps of that size add by their weight (K, C, kernel, kernel): (N, C, H, W), channels last.
+        """What the label's maps of that size add, with weight (K, C, kernel, kernel): (N, C, H, W), channels last.
 
-        From place to place of the output a constant map differs by the taps of the kernel that reach it there alone.
+        What a constant map adds depends on the place in the output only by which taps of the kernel reach the map.
         """
         labels, channels, kernel, _ = weight.shape
         taps = torch.eye(kernel**2, dtype=weight.dtype, device=weight.device).view(-1, 1, kernel, kernel)
-        reach = self._library(taps.new_ones(1, 1, *size), taps.movedim(1, self.inputs))[0]  # 1, or 0 over the border
+        reach = self._library(taps.new_ones(1, 1, *size), taps.movedim(1, self.inputs))[0]  # 1, or 0 beyond the border
         maps = reach.flatten(1).T @ weight.permute(0, 2, 3, 1).reshape(labels, -1, channels)
         added = onehot.to(maps.dtype) @ maps.view(labels, -1)
         return added.view(-1, *reach.shape[1:], channels).permute(0, 3, 1, 2)
 
     @abstractmethod
     def _convolve(self, x: Tensor, weight: Tensor) -> Tensor:
-        """As the rules below say."""
+        """By the rules below."""
 
     @abstractmethod
     def _library(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -114,22 +114,22 @@ class ConvTranspose2d(_Labelled, nn.ConvTranspose2d):  # type: ignore[misc]
 
 
 def _layer(module: nn.Conv2d | nn.ConvTranspose2d, height: int, width: int) -> Layer:
-    """Between a larger map and a smaller one of that height and width."""
+    """The layer between a larger map and a smaller one of that height and width."""
     return Layer(module.kernel_size[0], int(module.padding[0]), height, width)
 
 
 def _dtype(x: Tensor) -> torch.dtype:
-    """In which a convolution of x on the CPU computes."""
+    """The dtype in which a convolution of x on the CPU computes."""
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
 
 
 def _channels_last(weight: Tensor) -> bool:
-    """Whether it lies so; with one channel only its strides tell which format was asked for."""
+    """Whether the weight is channels last; with one channel only the strides tell which format was asked for."""
     return weight.is_contiguous(memory_format=torch.channels_last) and weight.stride(1) == 1
 
 
 def _by_winograd(x: Tensor, weight: Tensor, layer: Layer) -> bool:
-    """Whether a gradient is wanted and faster by Winograd's filtering. One convolution alone hardly is."""
+    """Whether a gradient is wanted and Winograd's filtering is faster. Without gradients it hardly is."""
     if not (x.device.type == "cpu" and torch.is_grad_enabled() and _dtype(x) == torch.float32):
         return False
     if not (weight.requires_grad or x.requires_grad) or not _channels_last(weight):
@@ -138,7 +138,7 @@ def _by_winograd(x: Tensor, weight: Tensor, layer: Layer) -> bool:
 
 
 def winograd_time(images: int, weight: Tensor, layer: Layer) -> float:
-    """Expected time of the layer's convolution and gradients by Winograd's filtering, that of the library's being 1."""
+    """Expected time of the layer's convolution and gradients by Winograd's filtering, relative to the library's."""
     count, channels = weight.shape[:2]
     large, small, weights = TILES[weight.requires_grad]
     tiles = layer.tiles[0] * layer.tiles[1]
@@ -154,7 +154,7 @@ def _by_im2col(x: Tensor, weight: Tensor, layer: Layer) -> bool:
 
 
 def _gradient_by_im2col(x: Tensor, weight: Tensor, stride: int, large: torch.Size) -> bool:
-    """Whether the weight gradient is wanted and faster by patches of the larger map, (N, C, H, W) of size `large`."""
+    """Whether the weight gradient is wanted and faster by patches of the larger map, of size `large` (N, C, H, W)."""
     if not (x.device.type == "cpu" and torch.is_grad_enabled() and weight.requires_grad):
         return False
     if _dtype(x) != torch.bfloat16 or not torch.cpu._is_amx_tile_supported():
@@ -165,7 +165,7 @@ def _gradient_by_im2col(x: Tensor, weight: Tensor, stride: int, large: torch.Siz
 
 
 class _Im2colGradient(torch.autograd.Function):
-    """A convolution, or, with an output padding, its transpose, of x (N, C, H, W) in channels-last memory."""
+    """A convolution (with an output padding, its transpose) of x (N, C, H, W) in channels-last memory."""
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""Rank, world, process group, and the one division of the batch. Every function is safe in a single process."""
+"""The process group: rank, world, collectives and the division of batches. All functions work in a single process."""
 
 import os
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-# A rank that hangs is given up after this long. A healthy rank waits for rank 0 to score and copy a checkpoint:
+# A rank that hangs is given up on after this long. A healthy rank waits for rank 0 to score and copy a checkpoint:
 # seconds on a GPU, a minute at 128 px on one CPU core.
 TIMEOUT = timedelta(minutes=10)
 
@@ -31,7 +31,7 @@ class Place:
 
 @contextmanager
 def join(device: str) -> Iterator[Place]:
-    """This process's place, in the process group that exists (Ray Train) or that the environment names (torchrun).
+    """This process's place, in the existing process group (Ray Train) or the one the environment names (torchrun).
 
     device: auto, cpu or cuda. Raises ValueError if CUDA is asked for and absent.
     """
@@ -71,14 +71,14 @@ def wrap(net: nn.Module, place: Place) -> nn.Module:
     """
     if place.world == 1:
         return net
-    # Built beside the default stream on CUDA, or its collectives can't be recorded (PyTorch's notes on CUDA graphs).
+    # Built on a side stream on CUDA, or its collectives can't be recorded (PyTorch's notes on CUDA graphs).
     stream = torch.cuda.Stream(place.device) if place.device.type == "cuda" else None
     with torch.cuda.stream(stream) if stream else nullcontext():
         return nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
 
 
 def recordable(place: Place) -> bool:
-    """Whether a step with its exchange of gradients can be a CUDA graph: NCCL's can, gloo's goes through the CPU."""
+    """Whether a step with its gradient exchange can be a CUDA graph: with NCCL it can; gloo goes through the CPU."""
     return place.world == 1 or dist.get_backend() == "nccl"
 
 
@@ -91,7 +91,7 @@ def mean(values: Tensor, place: Place) -> Tensor:
 
 
 def any_rank(flag: bool, place: Place) -> bool:
-    """Whether any rank's is true, on every rank."""
+    """Whether the flag is true on any rank; the same answer on every rank."""
     return bool(mean(torch.tensor(float(flag), device=place.device), place) > 0)
 
 

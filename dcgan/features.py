@@ -1,13 +1,13 @@
-"""Discriminator features: every convolution layer max-pooled to 4x4, flattened, concatenated (paper, section 5.1).
+"""Extracts discriminator features: each conv layer max-pooled to 4x4, flattened, concatenated (paper, section 5.1).
 
-BatchNorm is frozen to the statistics of real training images, the mean over batches, as in the original code; during
-training its running statistics mix real and generated images. Both that and the extraction are done in parts, which
-any number of processes may share: the features are the same.
+BatchNorm is frozen to the statistics of real training images, averaged over batches, as in the original code; the
+running statistics from training mix real and generated images. Both this and the extraction are done in parts, which
+any number of processes may share; the features are the same.
 
-    features/<source>-<step>-<fingerprint>/   of the images that are scored:
+    features/<source>-<step>-<fingerprint>/   for the images that are scored:
         discriminator.safetensors             the net, with those statistics
-        <split>-<part>-<layer>.npy            float16 (n, channels * 16), one file a layer and PART images
-    export/discriminator.safetensors          that of the chosen checkpoint
+        <split>-<part>-<layer>.npy            float16 (n, channels * 16), one file per layer and PART images
+    export/discriminator.safetensors          the chosen checkpoint's, calibrated
     export/generator.safetensors
 """
 
@@ -36,16 +36,16 @@ POOL = 4  # paper, section 5.1: each layer's maps are pooled to a 4x4 grid
 DISCRIMINATOR, GENERATOR = "discriminator.safetensors", "generator.safetensors"
 BATCH = 250
 PART = 5_000  # images that one process does at a time
-CALIBRATION = 60_000  # images at most: all that CIFAR and MNIST have, one in 21 of ImageNet's
+CALIBRATION = 60_000  # images at most: all of CIFAR's and MNIST's, one in 21 of ImageNet's
 
-Maker = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]  # `map`, or what gives the jobs to others
+Maker = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]  # `map`, or what hands the jobs to others
 Statistics = tuple[int, list[np.ndarray]]
 
 
 class Extractor(nn.Module):
     """images (N, C, size, size) float32 in [-1, 1] -> features (N, 16 * sum of channels) float32.
 
-    A conditional discriminator is asked with every class equally likely: the label is what the features must tell.
+    A conditional discriminator is given every class as equally likely: the label is what the features must reveal.
     """
 
     def __init__(self, discriminator: Discriminator) -> None:
@@ -53,7 +53,7 @@ class Extractor(nn.Module):
         self.discriminator = discriminator
 
     def layers(self, images: Tensor) -> list[Tensor]:
-        """One array a convolution layer: (N, channels * 16)."""
+        """One tensor per convolution layer: (N, channels * 16)."""
         net = self.discriminator
         onehot = images.new_full((images.shape[0], net.labels), 1 / net.labels) if net.labels else None
         return [F.adaptive_max_pool2d(maps, POOL).flatten(1) for maps in net.activations(images, onehot)]
@@ -73,11 +73,11 @@ def _calibration_parts(store: Store) -> range:
 
 @torch.no_grad()
 def batch_statistics(discriminator: Discriminator, store: Store, device: torch.device, part: int) -> Statistics:
-    """Number of images in a part of the training set, and for each BatchNorm the sums of their means and variances.
+    """Number of images in a part of the training set, and for each BatchNorm the sums of the means and variances.
 
-    A batch counts as often as it has images, so that a small last one says no more than they do.
+    Each batch is weighted by its number of images, so that a small last one counts no more than its images do.
 
-    The images are those of positions `part` * PART on in one fixed shuffled order. The net's own statistics are lost.
+    The part starts at position `part` * PART of one fixed shuffled order. The net's own statistics are lost.
     """
     norms = _norms(discriminator)
     extractor = Extractor(discriminator.train()).to(device).to(memory_format=_layout(device))
@@ -115,9 +115,9 @@ def _norms(discriminator: Discriminator) -> list[Any]:
 def extract(run: Run, maker: Maker = map) -> None:
     """Write the feature banks of the chosen checkpoint and of a random initialisation, and the exported weights.
 
-    Banks that are there already, of the same checkpoint, are kept; those of another checkpoint are removed. Where no
-    image has a label nothing is scored, and the banks have no arrays. maker: what does the parts, in any order.
-    Raises BusyError if another process does the same.
+    Existing banks of the same checkpoint and images are kept; all others are removed. Where the images have no labels,
+    nothing is scored and the banks have no arrays. maker: runs the parts, in any order.
+    Raises BusyError if another process is extracting.
     """
     run.features.mkdir(exist_ok=True)
     with storage.hold(run.features / ".lock", f"features of run {run.name}"):
@@ -140,12 +140,12 @@ def _extract(run: Run, maker: Maker) -> None:
 
 
 def bank_of(run: Run, source: str, step: int) -> Path:
-    """The directory of a bank; it is there once `extract` has written it whole."""
+    """The directory of a bank, which exists once `extract` has written it whole."""
     return run.features / f"{source}-{step}-{run.scored}"
 
 
 def _untrained(run: Run, store: Store) -> tuple[Generator, Discriminator]:
-    """The control: the nets as training found them, from the same seed."""
+    """The control: the nets as they were before training, from the same seed."""
     experiment = run.experiment
     return models.build(
         experiment.model, store.channels, len(store.classes), experiment.data.size, experiment.train.seed
@@ -155,7 +155,7 @@ def _untrained(run: Run, store: Store) -> tuple[Generator, Discriminator]:
 def _write_bank(
     run: Run, bank: Path, net: Discriminator, metadata: dict, maker: Maker, exported: Generator | None
 ) -> None:
-    """exported: what to export with the net, before the bank is there; None: nothing."""
+    """exported: the generator to export with the net, before the bank is published; None: nothing."""
     store, scored = run.store(), run.scored_store()
     with storage.staging(bank.parent) as staged:
         weights = staged / DISCRIMINATOR
@@ -181,7 +181,7 @@ def _calibrate_part(run_path: str, weights: str, part: int) -> tuple[int, Statis
 
 @torch.no_grad()
 def _extract_part(run_path: str, weights: str, job: tuple[str, int]) -> None:
-    """Write the arrays of a part of a split beside the weights."""
+    """Write the arrays of a part of a split next to the weights."""
     split, part = job
     run = Run.open(Path(run_path))
     images, device = Images(run.scored_store(), (split,)), _device(run)
@@ -204,7 +204,7 @@ def _batches(images: Images, rows: np.ndarray, device: torch.device) -> Iterator
 
 
 def _layout(device: torch.device) -> torch.memory_format:
-    """In which order float32 is fastest: on a CPU pooling takes a seventh of the time, too."""
+    """The memory format in which float32 is fastest: on a CPU, pooling takes a seventh of the time, too."""
     return torch.channels_last if device.type == "cpu" else torch.contiguous_format
 
 

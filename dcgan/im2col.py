@@ -1,7 +1,7 @@
-"""Convolutions of stride 2 at the pixels, as one product of matrices over patches (im2col and col2im).
+"""Computes stride-2 convolutions at the pixels as one matrix product over patches (im2col and col2im).
 
 A layer between images of one or three channels and maps of many is too narrow for the library's kernels. Here each
-position of the smaller map is a row: its patch of the image, of even height and width, and the weights are one matrix.
+position of the smaller map is a row, its patch of the image, of even height and width; the weights are one matrix.
 
 In memory a batch is (N, H, W, C), "channels last".
 """
@@ -59,7 +59,7 @@ class Transposed(torch.autograd.Function):
 
 
 def columns(weight: Tensor, layer: Layer) -> int:
-    """Numbers in a patch: those of a kernel of even size."""
+    """Numbers in a patch, whose side is that of the kernel rounded up to even."""
     return weight.shape[1] * (2 * layer.r) ** 2
 
 
@@ -69,7 +69,7 @@ def _matrix(weight: Tensor, layer: Layer) -> Tensor:
 
 
 def _rows(small: Tensor) -> Tensor:
-    """(N, C, h, w) to (N h w, C), a view if it lies channels last."""
+    """(N, C, h, w) to (N h w, C), a view if it is channels last."""
     return small.permute(0, 2, 3, 1).reshape(-1, small.shape[1])
 
 
@@ -93,7 +93,7 @@ def _cut(large: Tensor, layer: Layer) -> Tensor:
 
 
 def _spread(rows: Tensor, layer: Layer) -> Tensor:
-    """Its transpose: (N h w, columns) to (N, D, 2h, 2w), added up where patches overlap."""
+    """The transpose of `_cut`: (N h w, columns) to (N, D, 2h, 2w), summed where patches overlap."""
     (_, before, height, width), r, over = layer, layer.r, layer.r - 1
     parts = rows.view(-1, height, width, r, 2, r, rows.shape[1] // (2 * r * r))  # of 2 x 2 pixels each
     total = rows.new_empty(len(parts), height + over, 2, width + over, parts.shape[-1])
@@ -111,5 +111,5 @@ def _spread(rows: Tensor, layer: Layer) -> Tensor:
 
 
 def _empty(like: Tensor, *size: int) -> Tensor:
-    """Not a view of another tensor, so that what follows may work in place."""
+    """A tensor that is not a view of another, so that what follows may work in place."""
     return torch.empty(size, dtype=like.dtype, memory_format=torch.channels_last)

@@ -1,8 +1,8 @@
-"""What a run keeps while it is trained: lines of metrics, events, sample grids, and checkpoints with their distance.
+"""Records a run while it trains: lines of metrics, events, sample grids, and checkpoints with their distance.
 
-On CUDA a second thread does all of it, from copies of the nets on the device and on a stream of its own, while training
-goes on. On a CPU it would take the processors that training computes with, so it is done in between; only the bytes of
-a checkpoint are written beside the next steps.
+On CUDA a second thread does all of it, from copies of the nets on the device and on its own stream, while training
+continues. On a CPU that would compete with training for the cores, so it is done between steps; only writing a
+checkpoint's bytes overlaps the next steps.
 """
 
 import json
@@ -32,17 +32,17 @@ log = logging.getLogger(__name__)
 
 COLLAPSED_LOSS = 0.05  # D's loss below this, or D(real) - D(fake) above 0.95: the generator gets no gradient
 COLLAPSED_GAP = 0.95
-GRID = 64  # images in a sample grid, eight a row; a conditional net draws one row a class
+GRID = 64  # images in a sample grid, eight per row; a conditional net draws one row per class
 COLUMNS = 8
 
 Line = dict[str, Any]
 
 
 class Keeper:
-    """Keeps what one rank, the first, has to keep. A failure (a full disk) is raised by the next call, or by `close`.
+    """Keeps the record, on the first rank only. A failure (a full disk) is raised by the next call, or by `close`.
 
-    Everything appears in the order of the calls: a line before the checkpoint of its step, so that a kill in between
-    loses no line of a step that is not played again.
+    Everything appears in the order of the calls: a line before its step's checkpoint, so that a kill in between loses
+    no line of a step that is not repeated.
     """
 
     def __init__(self, run: Run, game: Game, store: Store) -> None:
@@ -50,15 +50,15 @@ class Keeper:
         self._writer = checkpoint.Writer(run)
         self._collapsed = any(
             map(_has_collapsed, [line for line in run.metrics() if "d_loss" in line][-1:])
-        )  # it may have been said before a restart
+        )  # it may have been reported before a restart
         self._real: tuple[wasserstein.Reference, Tensor] | None = None  # training images and their labels
         self._beside = _Beside(game.place.device) if game.place.device.type == "cuda" else None
         self._shown = deepcopy(game.sampler) if self._beside else game.sampler
 
     def keep(self, step: int, line: Line | None, saving: bool = False, drawing: bool = False) -> None:
-        """Append a line to metrics.jsonl, draw a grid, and, `saving`, publish a checkpoint; the line gets its distance.
+        """Append a line to metrics.jsonl; draw a grid; publish a checkpoint, whose distance the line gets.
 
-        saving needs a line.
+        Each only if asked for; saving needs a line.
         """
         state = checkpoint.snapshot(self.game, step, self.run, self.store) if saving else None
 
@@ -83,12 +83,12 @@ class Keeper:
             self._writer.close()
 
     def _do(self, work: Callable[[], None], looks: bool) -> None:
-        """Do it here or beside. looks: at the generator, of which the second thread has a copy."""
+        """Do the work here or in the second thread. looks: it uses the generator, of which that thread has a copy."""
         if self._beside is None:
             work()
             return
         if looks:
-            self._beside.wait()  # for who may still look at the copy
+            self._beside.wait()  # earlier work may still use the copy
             _copy(self.game.sampler, self._shown)
         self._beside.do(work)
 
@@ -101,7 +101,7 @@ class Keeper:
             self._writer.save(checkpoint.to_cpu(state), line["swd"])
 
     def _warn_of_collapse(self, line: Line) -> None:
-        """Record the moment at which the discriminator wins outright, once each time it happens."""
+        """Record when the discriminator wins outright, once each time it happens."""
         if "d_loss" not in line:  # of a generator's turn, with train.update=alternate
             return
         collapsed = _has_collapsed(line)
@@ -125,7 +125,7 @@ class Keeper:
         pictures.write_png(self.run.samples / f"{step:08d}.png", pictures.grid(images, COLUMNS))
 
     def _distance(self) -> float:
-        """Sliced Wasserstein distance between training images and as many drawn from fixed z."""
+        """Sliced Wasserstein distance between training images and as many generated from fixed z."""
         device = self.game.place.device
         if self._real is None:
             source, seed = Images(self.store, self.store.training), self.run.experiment.train.seed
@@ -141,7 +141,7 @@ class Keeper:
 
 
 class _Beside:
-    """A thread with a CUDA stream of its own, whose work begins after what the caller has launched."""
+    """A thread with its own CUDA stream, whose work starts after what the caller has already launched."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.stream = device, torch.cuda.Stream(device)
@@ -149,7 +149,7 @@ class _Beside:
         self._pending: deque[Future[None]] = deque()
 
     def do(self, work: Callable[[], None]) -> None:
-        """Raises what earlier work raised."""
+        """Queue work. Raises what earlier work raised."""
         while self._pending and self._pending[0].done():
             self._pending.popleft().result()
         launched = torch.cuda.Event()

@@ -1,4 +1,4 @@
-"""Memory that a training process keeps instead of giving it back after every step."""
+"""Keeps freed memory in the training process instead of returning it to the system after every step."""
 
 import ctypes
 import logging
@@ -13,11 +13,11 @@ OLDER = 2**25  # the largest M_MMAP_THRESHOLD of glibc before 2.35 or so
 
 
 def keep() -> None:
-    """Let the C library keep what is freed, up to a gibibyte of it; nothing where it is another than glibc.
+    """Let the C library keep up to a gibibyte of freed memory; does nothing if it is not glibc.
 
-    A step on the CPU asks for the same hundreds of megabytes again and again. By default they go back to the system in
-    between, and each 4 kB come back zeroed by a page fault: a tenth of a step (docs/performance.md). Threads other than
-    the main one, as Ray trains in, have heaps of 64 MiB, which go back whole once empty if they exceed the pad.
+    Each step on the CPU allocates the same hundreds of megabytes. By default they go back to the system in between, and
+    every 4 kB come back zeroed by a page fault: a tenth of a step (docs/performance.md). Threads other than the main
+    one, such as Ray trains in, have heaps of 64 MiB, which go back whole once empty if they exceed the pad.
     """
     if platform.libc_ver()[0] != "glibc":
         return

@@ -1,8 +1,8 @@
-"""Stores and runs kept at `data.remote`, an s3:// address: the home holds copies of those that are used here.
+"""Copies stores and runs to and from `data.remote`, an s3:// address; the home holds copies of those used here.
 
-<remote>/stores/<fingerprint>/      a store is there when its manifest is; so is a checkpoint
+<remote>/stores/<fingerprint>/      a store, like a checkpoint, is there once its manifest is
 <remote>/stores/index/<key>.json    which input gave which store
-<remote>/runs/<name>/               all of a run but its features, which are made again from a checkpoint
+<remote>/runs/<name>/               all of a run except its features, which are made again from a checkpoint
 """
 
 import json
@@ -21,26 +21,26 @@ from dcgan.remote import Remote, RemoteError, in_parallel
 log = logging.getLogger(__name__)
 
 EVERY = 30  # seconds between copies of a run that is being trained
-PATIENCE = 10  # seconds for the last copy of a run that was interrupted; the same command would go on with it
-LOCAL = ("features/", ".")  # what of a run stays here
+PATIENCE = 10  # seconds for the last copy of a run that was interrupted; the same command would resume it
+LOCAL = ("features/", ".")  # the parts of a run that stay here
 
 
 def push_store(home: Path, url: str, fingerprint: str) -> None:
-    """Copy a store to the remote, whole or not at all; what an interrupted copy left there is used.
+    """Copy a store to the remote, whole or not at all; an interrupted copy is resumed.
 
-    Raises RemoteError; nothing of the store counts as there then.
+    Raises RemoteError; the store does not count as being there then.
     """
     remote, at = Remote(url), f"stores/{fingerprint}"
     _push(remote, home / at, at, remote.sizes(at))  # named by its content: a file of the right length is the right one
 
 
 def _push(remote: Remote, directory: Path, at: str, there: dict[str, int]) -> None:
-    """Copy a sealed directory; there: files known to be the same ones if they are as long."""
+    """Copy a sealed directory. there: lengths of remote files, which are the same files if their lengths match."""
     known = remote.read(f"{at}/{storage.MANIFEST}")
     if known == (directory / storage.MANIFEST).read_bytes():
         return
     manifest = storage.read_manifest(directory, hashes=False)
-    if known is not None:  # of another directory of this name: nothing is there until its files are
+    if known is not None:  # of another directory of this name: nothing counts as there until the files are
         remote.remove([f"{at}/{storage.MANIFEST}"])
     missing = [name for name, entry in manifest["files"].items() if there.get(name) != entry["bytes"]]
     log.info("copying %d of %d files of %s to %s", len(missing), len(manifest["files"]), directory.name, remote.url)
@@ -51,8 +51,8 @@ def _push(remote: Remote, directory: Path, at: str, there: dict[str, int]) -> No
 def pull_store(home: Path, url: str, fingerprint: str, cache_gb: float) -> bool:
     """Copy a store from the remote into the home, file by file, each verified; False if it is not there.
 
-    An interrupted copy is gone on with. The longest unused of the stores that the remote also has are removed first,
-    if all would be more than `cache_gb`. Raises RemoteError, CorruptError, or OSError if this store alone is more.
+    An interrupted copy is resumed. If all stores would exceed `cache_gb`, those that the remote also has are removed
+    first, the longest unused before others. Raises RemoteError, CorruptError, or OSError if there still is no room.
     """
     remote, stores = Remote(url), home / "stores"
     lock = stores / "index" / f"{fingerprint}.lock"
@@ -75,7 +75,7 @@ def _pull_store(remote: Remote, stores: Path, fingerprint: str, cache_gb: float)
 
 
 def _pull(remote: Remote, at: str, directory: Path, manifest: bytes) -> None:
-    """A sealed directory, by way of `.pull-<name>` beside it, which outlives an interruption."""
+    """Copy a sealed directory, by way of `.pull-<name>` next to it, which survives an interruption."""
     files = json.loads(manifest)["files"]
     staged = directory.with_name(f".pull-{directory.name}")
     staged.mkdir(parents=True, exist_ok=True)
@@ -88,11 +88,11 @@ def _pull(remote: Remote, at: str, directory: Path, manifest: bytes) -> None:
     )
     storage.write_bytes(staged / storage.MANIFEST, manifest)
     storage.publish(staged, directory)
-    shutil.rmtree(staged, ignore_errors=True)  # a copy of the same was here
+    shutil.rmtree(staged, ignore_errors=True)  # left if a copy was here already
 
 
 def touch(store: Path) -> None:
-    """Remember that a store was used now."""
+    """Record that a store was used now."""
     now = time.time_ns()  # finer than the kernel's own clock for files, which ticks every few milliseconds
     os.utime(store, ns=(now, now))
 
@@ -126,15 +126,15 @@ def read_index(url: str, key: str) -> str | None:
 
 
 def write_index(url: str, key: str, index: Path) -> None:
-    """Tell the remote which store an input gave; after the store."""
+    """Tell the remote which store an input gave; called after the store is there."""
     Remote(url).write(f"stores/index/{key}.json", index.read_bytes())
 
 
 def push_run(run: Path, url: str) -> None:
-    """Copy what is new of a run to the remote; only one process does so at a time, the one that holds the run.
+    """Copy what is new in a run to the remote; only one process at a time does so, the one that holds the run.
 
-    Metrics go before checkpoints, and the pointer to the best after it, so that whoever starts from the copy finds
-    every line up to the checkpoint it resumes from. Raises RemoteError, also if the remote has a newer checkpoint.
+    Metrics go before checkpoints, and best.json after them, so that a run resumed from the copy has every line up to
+    its checkpoint. Raises RemoteError, also if the remote has a newer checkpoint.
     """
     remote, at = Remote(url), f"runs/{run.name}"
     there = remote.sizes(at)
@@ -146,7 +146,7 @@ def push_run(run: Path, url: str) -> None:
         )
     ledger = run / ".remote.json"
     known = json.loads(ledger.read_text()) if ledger.exists() else {}
-    # What was sent to another address, or is there no longer, was not sent.
+    # What was sent to another address, or is no longer there, counts as not sent.
     sent = {name: state for name, state in known.get("sent", {}).items() if known["url"] == url and name in there}
     steps = {path.parent for path in (run / "checkpoints").glob(f"*/{storage.MANIFEST}")}
     for name, state in sorted(_plain(run).items(), key=lambda item: (item[0] == "checkpoints/best.json", item[0])):
@@ -163,7 +163,7 @@ def push_run(run: Path, url: str) -> None:
 
 
 def _plain(run: Path) -> dict[str, list[int]]:
-    """The run's files that are not part of a sealed directory: name to length and time of change."""
+    """The run's files that are not part of a sealed directory: name to size and modification time."""
     found = {}
     for path in run.rglob("*"):
         name = path.relative_to(run).as_posix()
@@ -185,15 +185,15 @@ def _checkpoints(names: Iterable[str]) -> list[str]:
 
 
 def _steps(names: Iterable[str]) -> set[int]:
-    """Those that have a manifest among files below checkpoints/."""
+    """The steps with a manifest among files below checkpoints/."""
     found = (name.split("/") for name in names)
     return {int(parts[0]) for parts in found if parts[0].isdigit() and parts[-1] == storage.MANIFEST}
 
 
 def pull_run(run: Path, url: str) -> bool:
-    """Copy a run from the remote unless it is here and as far; False if nothing is to be copied.
+    """Copy a run from the remote unless it is here and at least as far; False if there is nothing to copy.
 
-    Raises RemoteError, or BusyError if it is trained here while another machine went on with it.
+    Raises RemoteError, or BusyError if it is being trained here while another machine continued it.
     """
     remote, at = Remote(url), f"runs/{run.name}"
     there = remote.sizes(at)
@@ -208,10 +208,10 @@ def pull_run(run: Path, url: str) -> bool:
 
 
 def _pull_run(remote: Remote, at: str, run: Path, there: Iterable[str], steps: set[int]) -> None:
-    """Interrupted at any line, the next call goes on: a run is as far as its newest checkpoint, which comes last.
+    """Interrupted at any line, the next call resumes: a run is as far as its newest checkpoint, which comes last.
 
-    Metrics beyond that checkpoint are cut when training goes on. A checkpoint that the remote lacks, or has of another
-    making, is no part of the run any more.
+    Metrics beyond that checkpoint are cut when training resumes. A checkpoint that the remote lacks, or has in another
+    version, is no longer part of the run.
     """
     plain = [name for name in there if not name.startswith("checkpoints/") or name == "checkpoints/best.json"]
     for name in plain:
@@ -234,7 +234,7 @@ def _pull_run(remote: Remote, at: str, run: Path, there: Iterable[str], steps: s
 def follow(run: Path, url: str | None) -> Iterator[None]:
     """Copy a run to the remote while it is trained, and once more at the end. Training never waits for it.
 
-    A remote that is away meanwhile is a warning; at the end it is a RemoteError, and the same command tries again.
+    An unreachable remote is a warning meanwhile; at the end it is a RemoteError, and the same command tries again.
     """
     if url is None:
         yield
@@ -258,7 +258,7 @@ def follow(run: Path, url: str | None) -> Iterator[None]:
     thread.start()
     try:
         yield
-    except BaseException:  # of which a user waits to be told, not for a remote that may be away
+    except BaseException:  # the user waits to hear of this, not for a remote that may be away
         interrupted.set()
         stop.set()
         thread.join(PATIENCE)

@@ -1,12 +1,12 @@
-"""Generator and discriminator of Radford, Metz and Chintala (2015), section 3, by parameters.
+"""The generator and discriminator of Radford, Metz and Chintala (2015), section 3, built from the `model` settings.
 
-`kernel` chooses between three published families, all without biases and without hidden layers unless asked for:
+`kernel` chooses between three published families, all without biases, and without hidden layers unless asked for:
 
     5  the paper's and its code's 5x5, stride 2 (faces, SVHN, MNIST)
     4  the 4x4, stride 2 of pytorch/examples and dcgan.torch
     3  the code's deep ImageNet pair: 3x3, strides 1 and 2 in turn, twice as many layers
 
-BatchNorm follows every layer but the generator's output and the discriminator's input and output. Its statistics are
+BatchNorm follows every layer except the generator's output and the discriminator's input and output. Its statistics are
 those of the rank's own batch: ranks share gradients, not statistics. Epsilon is PyTorch's 1e-5; the original's 1e-8
 overflows on a dead channel in bfloat16.
 """
@@ -102,7 +102,7 @@ class Generator(_Network):
 
     def _plan(self, channels: int) -> list[tuple[int, int, int]]:
         """(channels in, channels out, stride) of each transposed convolution."""
-        below = [channels, *self.widths]  # what the layers at a level hand down to the next larger one
+        below = [channels, *self.widths]  # the channels that a level passes on to the next larger one
         plan = []
         current = self.widths[-1]
         for level in reversed(range(self.levels)):
@@ -186,7 +186,7 @@ class Discriminator(_Network):
         onehot = self.onehot(labels)
         maps = self.activations(x, onehot)[-1]
         if maps.requires_grad and maps.is_contiguous(memory_format=torch.channels_last):
-            # Or LeakyReLU's backward gets two orders of memory at once, which takes ten times as long on a CPU.
+            # Otherwise LeakyReLU's backward mixes two memory formats, which takes ten times as long on a CPU.
             maps.register_hook(lambda gradient: gradient.contiguous(memory_format=torch.channels_last))
         x = maps.flatten(1)
         if self.hidden is not None:

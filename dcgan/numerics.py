@@ -1,4 +1,4 @@
-"""In which numbers and memory format a step computes: what is fastest on the device, or what was asked for."""
+"""Chooses the dtype and memory format that a step computes in: the fastest on the device, or those asked for."""
 
 from typing import NamedTuple
 
@@ -18,10 +18,10 @@ FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 
 
 def numerics(settings: Train, device: torch.device) -> Numerics:
-    """Those of `train.precision` and `train.memory_format`; for auto, what docs/performance.md measured to be fastest.
+    """Those of `train.precision` and `train.memory_format`; for auto, the fastest as measured in docs/performance.md.
 
     bfloat16 where the processor multiplies in it: CUDA from compute capability 8.0 on, x86 with AVX-512 BF16 or AMX.
-    Elsewhere it is converted before each operation and slower than float32. Channels last with it and on every CPU.
+    Elsewhere it is converted before each operation and slower than float32. Channels last: with it and on every CPU.
     """
     dtype = torch.bfloat16 if settings.precision == "bfloat16" else torch.float32
     if settings.precision == "auto" and _multiplies_bfloat16(device):

@@ -1,4 +1,4 @@
-"""Pictures with the standard library and NumPy alone, so that a bare training machine can draw them."""
+"""Draws image grids as PNGs with only the standard library and NumPy, so that a bare training machine can."""
 
 import struct
 import zlib

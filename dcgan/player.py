@@ -1,7 +1,7 @@
-"""Plays step after step and sums their metrics; on CUDA as a graph that is recorded once and then replayed.
+"""Plays training steps and sums their metrics; on CUDA as a graph that is recorded once and then replayed.
 
 A step at 32 px is some two hundred kernels of a few microseconds each, and Python takes longer than that to launch one.
-Recorded, the device does them one after the other by itself.
+Once recorded, the device runs them one after the other by itself.
 """
 
 from collections.abc import Callable
@@ -13,13 +13,13 @@ from dcgan import distributed
 from dcgan.data.batches import Batch, normalise
 from dcgan.step import Game
 
-# Steps of each kind played before one is recorded: libraries choose their algorithms in them, optimizers make their
-# state. With gradients of several ranks it is what PyTorch's notes on CUDA graphs ask for.
+# Steps of each kind played before one is recorded: in them libraries choose their algorithms and optimizers create
+# their state. The number for several ranks is what PyTorch's notes on CUDA graphs ask for.
 WARM_UP, WARM_UP_OF_RANKS = 3, 11
 
 
 class Player:
-    """Plays a game. `sums` and `counts` hold each metric since `restart`, summed on the device: nothing waits for it.
+    """Plays a game. `sums` and `counts` hold each metric since `restart`, summed on the device, so nothing waits.
 
     graph: record the steps on CUDA, unless gradients are exchanged by gloo; ignored elsewhere.
     """
@@ -68,7 +68,7 @@ class Player:
         torch._foreach_add_([self.sums[name] for name in metrics], list(metrics.values()))
 
     def _play_or_record(self, step: int, batch: Batch, stream: torch.cuda.Stream) -> None:
-        """The first steps are played beside the default stream, as a recording needs it; the next one is recorded."""
+        """Play the first steps on a side stream, as recording requires; record the next one."""
         kind = self.game.kind(step)
         played = self._played[kind] = self._played.get(kind, 0) + 1
         cudnn = torch.backends.cudnn

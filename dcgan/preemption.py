@@ -1,7 +1,7 @@
-"""SIGTERM, which a scheduler sends before it takes a machine away: training keeps a checkpoint and ends.
+"""Handles SIGTERM, which a scheduler sends before it takes a machine away: training saves a checkpoint and ends.
 
-It comes to the process that trains, or to the one that waits for Ray's workers. Both know the run's directory, so the
-request is a file in it.
+The signal reaches the process that trains, or the one that waits for Ray's workers. Both know the run's directory, so
+the request is a file in it.
 """
 
 import os
@@ -18,15 +18,15 @@ from dcgan.run import Run
 
 FILE = ".stop"
 GRACE = 25.0  # seconds for the checkpoint: torchrun, Kubernetes and Prefect kill after 30
-LOOK = 1.0  # seconds between two looks for the file, which over a network takes milliseconds
+LOOK = 1.0  # seconds between checks for the file, which take milliseconds over a network
 
 
 @contextmanager
 def awaited(run: Run) -> Iterator[None]:
-    """Have SIGTERM end the run's training, for which the body waits, and then do what it did before.
+    """Have SIGTERM end the run's training, which the body waits for, and then do what it did before.
 
-    By default that is KeyboardInterrupt, as by Ctrl-C. A second SIGTERM, or GRACE, waits for no checkpoint. Nothing
-    changes where it is ignored, or in a thread other than the main one, in which no signal can be handled.
+    By default that is KeyboardInterrupt, as with Ctrl-C. A second SIGTERM, or GRACE seconds, ends the wait for the
+    checkpoint. Nothing changes where SIGTERM is ignored, or outside the main thread, where signals can't be handled.
     """
     before = signal.getsignal(signal.SIGTERM)
     if threading.current_thread() is not threading.main_thread() or before in (signal.SIG_IGN, None):
@@ -34,7 +34,7 @@ def awaited(run: Run) -> Iterator[None]:
         return
     act = before if callable(before) else signal.default_int_handler
     file, asked = run.path / FILE, threading.Event()
-    file.unlink(missing_ok=True)  # of a process that was killed
+    file.unlink(missing_ok=True)  # left by a killed process
     again = threading.Timer(GRACE, os.kill, (os.getpid(), signal.SIGTERM))
     again.daemon = True
 
@@ -53,17 +53,17 @@ def awaited(run: Run) -> Iterator[None]:
         file.unlink(missing_ok=True)
     if asked.is_set():
         act(signal.SIGTERM, None)
-        raise KeyboardInterrupt  # whatever handled it: training has not come to its end
+        raise KeyboardInterrupt  # whatever the handler did: training has not finished
 
 
 class Request:
-    """Whether the training of a run is asked to end, the same for all ranks."""
+    """Whether a run's training has been asked to end; the answer is the same on all ranks."""
 
     def __init__(self, run: Run, place: Place) -> None:
         self.file, self.place, self._due = run.path / FILE, place, 0.0
 
     def __call__(self, together: bool) -> bool:
-        """Several ranks can agree only where all call it `together`; one rank looks every LOOK seconds."""
+        """Several ranks can agree only where all call it `together`; a single rank checks every LOOK seconds."""
         if self.place.world > 1:
             return together and distributed.any_rank(self.file.exists(), self.place)
         if (now := time.monotonic()) < self._due:

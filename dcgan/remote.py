@@ -1,6 +1,6 @@
-"""Objects at s3://, through s3fs with the usual AWS environment: retried with backoff, verified, never half there.
+"""Reads and writes objects at s3://, by s3fs with the usual AWS environment: retried with backoff, and verified.
 
-An object appears whole or not at all, so what is made of several is complete when its manifest, written last, is there.
+An object appears whole or not at all, so a group of several is complete once its manifest, written last, is there.
 """
 
 import asyncio
@@ -27,14 +27,14 @@ R = TypeVar("R")
 
 
 class RemoteError(OSError):
-    """The remote did not answer, or not rightly, in ATTEMPTS attempts; the message names the object and the problem."""
+    """The remote gave no valid answer in ATTEMPTS attempts; the message names the object and the problem."""
 
 
 class Remote:
     """The objects under one s3:// address, by their path relative to it."""
 
     def __init__(self, url: str) -> None:
-        import s3fs  # a second; only where something is kept at s3://
+        import s3fs  # takes a second; only where something is kept at s3://
 
         self.url = url.rstrip("/")
         self._fs: Any = s3fs.S3FileSystem(
@@ -42,7 +42,7 @@ class Remote:
             use_listings_cache=False,  # another process may have written since
             config_kwargs={
                 "retries": {"total_max_attempts": 1}
-            },  # `_try` alone repeats: three in one another took 40 min
+            },  # only `_try` retries: three nested retries took 40 min
         )
         self._fs.retries = 1
 
@@ -64,7 +64,7 @@ class Remote:
         raise AssertionError
 
     def sizes(self, path: str = "") -> dict[str, int]:
-        """Every object below `path`, by its path relative to it, and its bytes; {} if there is none."""
+        """Every object below `path`: its path relative to that, and its size in bytes; {} if there is none."""
         root = self._at(path).rstrip("/")
         found = self._try("listing", path, lambda: self._fs.find(root, detail=True))
         return {name.removeprefix(f"{root}/"): entry["size"] for name, entry in found.items()}
@@ -77,11 +77,11 @@ class Remote:
             return None
 
     def write(self, path: str, content: bytes) -> None:
-        """Put a small object there, in place of what was."""
+        """Write a small object, replacing what was there."""
         self._try("writing", path, lambda: self._fs.pipe_file(self._at(path), content))
 
     def upload(self, file: Path, path: str) -> None:
-        """Put a file there and ask how long it is; raises RemoteError if it is not as long as the file."""
+        """Upload a file and check the length that arrived; raises RemoteError if it differs from the file's."""
 
         def send() -> None:
             self._fs.put_file(str(file), self._at(path))
@@ -92,9 +92,9 @@ class Remote:
         self._try("writing", path, send)
 
     def download(self, path: str, file: Path, size: int, sha256: str) -> None:
-        """Put an object into `file`, which appears only with this length and hash.
+        """Download an object into `file`, which appears only with this length and hash.
 
-        Raises FileNotFoundError, RemoteError, or CorruptError if what is there has another hash twice.
+        Raises FileNotFoundError, RemoteError, or CorruptError if the hash differs twice.
         """
 
         def fetch() -> bool:
@@ -122,7 +122,7 @@ class Remote:
         raise storage.CorruptError(f"{self.url}/{path} is corrupt: its SHA-256 differs from its manifest's")
 
     def remove(self, paths: Iterable[str]) -> None:
-        """Delete objects, in this order."""
+        """Delete objects, in the given order."""
         for path in paths:
             self._try("deleting", path, lambda path=path: self._fs.rm_file(self._at(path)))  # type: ignore[misc]
 
@@ -144,7 +144,7 @@ def _aside(file: Path) -> Iterator[Any]:
 
 
 def _faults() -> tuple[type[BaseException], ...]:
-    """What s3fs lets through of the network's and the server's failures: it does not wrap them."""
+    """The network and server failures that s3fs lets through without wrapping them."""
     import aiohttp
     from botocore.exceptions import BotoCoreError, ClientError
 
@@ -152,7 +152,7 @@ def _faults() -> tuple[type[BaseException], ...]:
 
 
 def in_parallel(function: Callable[..., None], arguments: Iterable[tuple[Any, ...]]) -> None:
-    """Call `function` with each of the arguments, THREADS at once; the first error is raised, the rest not begun."""
+    """Call `function` with each of the arguments, THREADS at once; the first error is raised, the rest not started."""
     with ThreadPoolExecutor(THREADS) as pool:
         futures = [pool.submit(function, *each) for each in arguments]
         try:

@@ -1,4 +1,4 @@
-"""The page of a run: one HTML file that needs nothing else, made from the run directory and the store's manifest."""
+"""Writes a run's report: one self-contained HTML file, made from the run directory and the store's manifest."""
 
 import base64
 import io
@@ -12,8 +12,8 @@ from dcgan import charts, checkpoint, config, storage, summary, tracking
 from dcgan.evaluate.published import OTHERS, PUBLISHED, RANDOM_INIT, RAW_PIXELS, Published
 from dcgan.run import Run
 
-STRIP = 12  # grids in the time-lapse: what a reader takes in, and a page of a few megabytes
-CROP = 4  # images a side in a small grid: the same z in each
+STRIP = 12  # grids in the time-lapse: what a reader can take in, in a page of a few megabytes
+CROP = 4  # images per side of a small grid: the same z in each
 
 CHARTS: tuple[tuple[str, dict[str, str], tuple[float, float] | None], ...] = (
     ("Loss", {"d_loss": "discriminator", "g_loss": "generator"}, None),
@@ -26,7 +26,7 @@ CHARTS: tuple[tuple[str, dict[str, str], tuple[float, float] | None], ...] = (
 
 @dataclass(frozen=True)
 class Grid:
-    """A sample grid: the images seen when it was drawn, and the picture as a data address."""
+    """A sample grid: the number of images seen when it was drawn, and the picture as a data URL."""
 
     images: int
     source: str
@@ -37,7 +37,7 @@ class Grid:
 class Score:
     """A row of the score table as text. values: trained, random init, raw pixels, gain.
 
-    better: than random init; None if equal, or if either is missing.
+    better: whether it beats random init; None if equal, or if either is missing.
     """
 
     metric: str
@@ -47,7 +47,7 @@ class Score:
 
     @property
     def minor(self) -> bool:
-        """A chosen hyperparameter, which is no score."""
+        """Whether it is a chosen hyperparameter and not a score."""
         return not summary.is_score(self.metric)
 
 
@@ -92,14 +92,14 @@ def _content(run: Run) -> dict[str, Any]:
 
 
 def _evenly(paths: list[Path], most: int) -> list[Path]:
-    """At most `most` of them, the first and the last included, evenly spaced."""
+    """At most `most` of the paths, evenly spaced, including the first and the last."""
     if len(paths) <= most:
         return paths
     return [paths[round(index * (len(paths) - 1) / (most - 1))] for index in range(most)]
 
 
 def _grid(run: Run, path: Path, images_a_side: int) -> Grid:
-    """A grid, or its upper left corner of so many images a side."""
+    """A grid, or its upper left corner of `images_a_side` images per side."""
     from PIL import Image
 
     from dcgan.pictures import MARGIN
@@ -115,7 +115,7 @@ def _grid(run: Run, path: Path, images_a_side: int) -> Grid:
 
 def _charts(run: Run, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     marks = sorted({event["step"] * run.experiment.train.batch_size for event in summary.events(run)})
-    end = max([*marks, *(line["images"] for line in lines[-1:])], default=0)  # of divergence there is no line
+    end = max([*marks, *(line["images"] for line in lines[-1:])], default=0)  # divergence has no line
     drawn = []
     for title, names, unit in CHARTS:
         series = {label: _points(lines, key) for key, label in names.items()}
@@ -151,7 +151,7 @@ def _scores(run: Run) -> list[Score]:
 
 
 def _published(run: Run) -> list[tuple[str, Published]]:
-    """(metric, figure) of all that was published for the scored data set on a metric that the run has, best first."""
+    """(metric, figure) of all published for the scored data set and the run's metrics; for each metric, best first."""
     name, measured = summary.scored_dataset(run), {row.metric for row in summary.table(run)}
     found = [item for known in (PUBLISHED, RANDOM_INIT, RAW_PIXELS) for item in known.get(name, {}).items()]
     found += [(metric, figure) for metric, figures in OTHERS.get(name, {}).items() for figure in figures]
@@ -188,7 +188,7 @@ def _duration(seconds: float) -> str:
 
 
 def _settings(run: Run) -> list[dict[str, Any]]:
-    """Every setting with its meaning; `own` are those in which the run differs from the defaults."""
+    """Every setting with its meaning; `own` marks those that differ from the defaults."""
     known = config.keys()
     rows = []
     for key, value in run.experiment.flat().items():
@@ -208,7 +208,7 @@ def _data(run: Run) -> dict[str, Any] | None:
 
 
 def _environment(run: Run) -> dict[str, Any]:
-    """As recorded when training began; else of the machine that writes the page, and it says so."""
+    """As recorded when training began; else that of the machine writing the page. `when` says which."""
     path = run.path / "environment.json"
     if path.is_file():
         return {"when": "when training began", **json.loads(path.read_text())}

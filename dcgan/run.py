@@ -1,4 +1,4 @@
-"""A run: one directory that holds all that one experiment made, and the paths in it.
+"""A run: the directory that holds everything one experiment produced, and the paths in it.
 
 experiment.json   the experiment and the fingerprints of its image store and of the one it is scored on
 metrics.jsonl     one line every `train.log_every` steps
@@ -41,7 +41,7 @@ class Run:
         scored: the images that features are scored on; None: those of `store`.
 
         The name is a function of data, model, training and images, so the same command finds its run again, here or
-        at `data.remote`; `compute` and `evaluate` may differ from last time and are stored anew.
+        at `data.remote`; `compute` and `evaluate` may differ from last time and are recorded anew.
         """
         name = f"{store.dataset}-{digest([experiment.identity(), store.fingerprint])}"
         run = cls(experiment.home / "runs" / name, experiment, store.fingerprint, (scored or store).fingerprint)
@@ -119,7 +119,7 @@ class Run:
         return read_lines(self.path / "metrics.jsonl")
 
     def scores(self) -> dict[str, dict[str, Any]]:
-        """Protocol to the content of its scores/<protocol>.json, see `stages.evaluate`; not those of other images."""
+        """Protocol to the content of its scores/<protocol>.json, see `stages.evaluate`; not those for other images."""
         found = {file.stem: json.loads(file.read_text()) for file in sorted((self.path / "scores").glob("*.json"))}
         return {name: content for name, content in found.items() if content.get("images", self.scored) == self.scored}
 

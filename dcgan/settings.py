@@ -1,4 +1,4 @@
-"""The sections of an experiment: every knob, its default, meaning and bounds. `config.py` puts them together."""
+"""The sections of an experiment: every setting, its default, meaning and bounds. `config.py` combines them."""
 
 import os
 import re
@@ -29,7 +29,7 @@ PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
 
 
 class Section(BaseModel):
-    """A frozen group of settings that refuses a key it does not know."""
+    """A frozen group of settings that rejects unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -48,21 +48,21 @@ class Data(Section):
 
     name: DataSet = Field(description="the data set")
     size: Literal[28, 32, 64, 128] = Field(
-        description="pixels a side: the shorter side is centre-cropped, then resized with antialiasing"
+        description="pixels per side: a centre crop of the shorter side, resized with antialiasing"
     )
     source: str | None = Field(
         None,
-        description="a directory with the published files, or an http(s):// or s3:// address that mirrors them, in "
-        "place of the data set's own home; for `folder`, the tree of images, a class a subdirectory",
+        description="a directory with the published files, or an http(s):// or s3:// address that mirrors them, "
+        "instead of the data set's own site; for `folder`, the tree of images, one subdirectory per class",
     )
-    offline: bool = Field(False, description="download nothing: use what is there, or say what is missing")
+    offline: bool = Field(False, description="download nothing: use what is there, or report what is missing")
     category: str = Field("bedroom", description="`lsun`: the category, such as bedroom or church_outdoor")
     extra: bool = Field(False, description="`svhn`: train on the 531,131 extra images, too")
     test_fraction: float = Field(
-        0.1, gt=0, lt=1, description="`folder`, `lfw`, `digits`: the share of images held out, by content hash"
+        0.1, gt=0, lt=1, description="`folder`, `lfw`, `digits`: fraction of images held out to test, by content hash"
     )
     unreadable: Literal["refuse", "skip"] = Field(
-        "refuse", description="an image file that can't be decoded stops ingestion, or is skipped and listed"
+        "refuse", description="an image file that can't be decoded stops ingestion (refuse), or is skipped and listed"
     )
     deduplicate: bool = Field(
         False, description="remove near-duplicates from the training images, as the paper does for LSUN (section 3.1)"
@@ -99,9 +99,9 @@ class Model(Section):
     kernel: Literal[3, 4, 5] = Field(
         5,
         description="5: the paper's stride-2 5x5; 4: the 4x4 of pytorch/examples; "
-        "3: the deep 3x3 ImageNet pair, strides 1 and 2 in turn",
+        "3: the deep 3x3 ImageNet pair, alternating strides 1 and 2",
     )
-    width: int = Field(128, ge=1, le=2048, description="channels of the discriminator's first layer; doubles downwards")
+    width: int = Field(128, ge=1, le=2048, description="channels of the discriminator's first layer; doubles per level")
     z_dim: int = Field(100, ge=1, le=4096, description="length of z")
     z: Literal["uniform", "normal"] = Field("uniform", description="z ~ U(-1, 1) as in the paper, or N(0, 1)")
     conditional: bool = Field(
@@ -115,23 +115,23 @@ class Model(Section):
 
 
 class Train(Section):
-    """The game. The defaults are the paper's (section 4)."""
+    """How the nets are trained. The defaults are the paper's (section 4)."""
 
     steps: int = Field(ge=1, description="batches of real images to train on")
-    batch_size: int = Field(128, ge=2, description="images in a step over all workers; a worker takes an equal share")
-    learning_rate: float = Field(2e-4, gt=0, le=1, description="Adam's, both nets")
+    batch_size: int = Field(128, ge=2, description="images per step over all workers, which take equal shares")
+    learning_rate: float = Field(2e-4, gt=0, le=1, description="Adam's learning rate, for both nets")
     decay: float = Field(
-        0.0, ge=0, le=1, description="share of the steps, the last, over which the learning rate falls linearly to 0"
+        0.0, ge=0, le=1, description="final fraction of the steps, over which the learning rate falls linearly to 0"
     )
-    beta1: float = Field(0.5, ge=0, lt=1, description="Adam's first momentum")
+    beta1: float = Field(0.5, ge=0, lt=1, description="Adam's beta1, the momentum term")
     weight_decay: float = Field(0.0, ge=0, le=1, description="L2 term added to the gradient; the original code: 1e-5")
     update: Literal["both", "alternate"] = Field(
         "both", description="each batch updates both nets, or the nets take turns as in the original code"
     )
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="one-sided: real images have the target 1 - this")
-    ema: float = Field(0.0, ge=0, lt=1, description="decay a step of the generator's moving average; 0: none")
+    ema: float = Field(0.0, ge=0, lt=1, description="per-step decay of the generator's moving average; 0: none")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="bfloat16: autocast, weights stay float32; auto: that where the processor computes in it"
+        "auto", description="bfloat16: autocast, weights stay float32; auto: bfloat16 if the processor computes in it"
     )
     memory_format: Literal["auto", "contiguous", "channels_last"] = Field(
         "auto",
@@ -141,16 +141,18 @@ class Train(Section):
     log_every: int = Field(50, ge=1, description="steps between lines of metrics.jsonl")
     sample_every: int = Field(500, ge=1, description="steps between sample grids")
     checkpoint_every: int = Field(500, ge=1, description="steps between checkpoints, each scored for `best`")
-    keep: int = Field(2, ge=1, description="newest checkpoints kept, beside the best")
+    keep: int = Field(2, ge=1, description="newest checkpoints kept, in addition to the best")
 
 
 class Compute(Section):
     """Where training runs. None of it is part of a run's identity."""
 
-    workers: int = Field(1, ge=0, description="Ray Train workers; 0: in this process, without Ray")
+    workers: int = Field(
+        1, ge=0, description="Ray worker processes for training, and for extraction if 2 or more; 0: no Ray"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA if Ray, or this process, has it")
     graph: bool = Field(
-        True, description="on CUDA, the step is recorded once as a graph and replayed: no launch waits for Python"
+        True, description="on CUDA, record the step once as a graph and replay it, so that no launch waits for Python"
     )
     max_failures: int = Field(3, ge=0, description="times Ray restarts the workers from the newest checkpoint")
 
@@ -162,25 +164,25 @@ class Evaluate(Section):
         "best", description="best by the sliced Wasserstein distance, or newest"
     )
     images: DataSet | None = Field(
-        None, description="score the features on this data set's images, at data.size, not on those trained on"
+        None, description="score the features on this data set's images, at data.size, instead of on those trained on"
     )
-    images_source: str | None = Field(None, description="for `images`, what data.source is for the images trained on")
+    images_source: str | None = Field(None, description="where `evaluate.images` come from, as data.source")
     protocols: tuple[Protocol, ...] = Field(PROTOCOLS, description="the protocols to run, see dcgan/evaluate/")
     labels: int = Field(0, ge=0, description="training labels for `svm` and `knn`; 0: all")
-    labels_per_class: int = Field(100, ge=1, description="`svm_few_labels`: labels a class in each draw")
+    labels_per_class: int = Field(100, ge=1, description="`svm_few_labels`: labels per class in each draw")
     draws: int = Field(10, ge=2, description="`svm_few_labels`: random draws, for mean and standard deviation")
     standardise: bool = Field(
-        True, description="SVMs on features of mean 0 and variance 1 over train; SVHN's code takes them as they are"
+        True, description="standardise features (mean 0, variance 1 over train) before SVMs; SVHN's code does not"
     )
     c_grid: tuple[Annotated[float, Field(gt=0)], ...] = Field(
-        (1e-5, 1e-4, 1e-3, 1e-2), description="SVM penalties tried on the validation images, or a fifth of the labels"
+        (1e-5, 1e-4, 1e-3, 1e-2), description="SVM penalties tried on the validation images, else a fifth of the labels"
     )
-    restarts: int = Field(10, ge=1, description="`clustering`: k-means restarts, the lowest inertia is scored")
+    restarts: int = Field(10, ge=1, description="`clustering`: k-means restarts; that of lowest inertia is scored")
     neighbours: tuple[Annotated[int, Field(ge=1)], ...] = Field(
-        (1, 5, 15), description="`knn`: neighbours tried on the validation images, or a fifth of the labels"
+        (1, 5, 15), description="`knn`: neighbours tried on the validation images, else a fifth of the labels"
     )
     inception: str | None = Field(
-        None, description="torch-fidelity's InceptionV3 weights, a file; without it image quality is not measured"
+        None, description="file with torch-fidelity's InceptionV3 weights; without it, image quality is not measured"
     )
     seed: int = Field(0, ge=0, lt=2**32, description="of splits, draws and centroids")
 
@@ -203,7 +205,7 @@ class Evaluate(Section):
 
 
 def _absolute_or_address(source: str | None) -> str | None:
-    """A path means the same file in a worker that was started in another directory."""
+    """A path made absolute: it then means the same in a worker that was started in another directory."""
     if source is None or source.startswith(("http://", "https://", "s3://")):
         return source
     if "://" in source:

@@ -1,4 +1,4 @@
-"""The five arrows of the design as functions: ingest, train, extract, evaluate, report; and sample.
+"""The pipeline's stages as functions: ingest, train, extract, evaluate, report; and sample.
 
 The command line, the Prefect tasks and a notebook call these. Each reads and writes only the run directory and the
 image store, does nothing where its result is already there, and can be run again after any interruption.
@@ -27,7 +27,7 @@ REPRESENTATIONS = ("discriminator", "random_init", "raw_pixels")
 
 
 def ingest(experiment: Experiment) -> Run:
-    """Put the images into a store, unless the same are there, and open the run of this experiment on them.
+    """Put the images into a store, unless they are there already, and open the run of this experiment on them.
 
     Raises ValueError, before any image is read where possible, if the images or the settings don't fit each other.
     """
@@ -84,14 +84,14 @@ def _by_ray(home: Path) -> Callable[[Callable[[Any], Any], Sequence[Any]], Itera
 def train(run: Run, progress: Progress | None = None) -> None:
     """Train the run to its last step, from the newest checkpoint; `progress` gets each metrics line as it appears.
 
-    `compute.workers` Ray Train workers do it, or this process if that is 0. MLflow is told meanwhile.
-    SIGTERM ends it with a checkpoint and KeyboardInterrupt, or whatever else SIGTERM was to do (`dcgan.preemption`).
-    Raises DivergedError; WorkerError or, without Ray, what the loop raised; or, before anything starts, BusyError,
-    IncompatibleError or CorruptError.
+    `compute.workers` Ray Train workers do it, or this process if that is 0. MLflow is kept up to date meanwhile.
+    SIGTERM ends it with a checkpoint and KeyboardInterrupt, or what SIGTERM did before (`dcgan.preemption`).
+    Raises DivergedError; StoppedError if another process asked it to stop; WorkerError or, without Ray, what the loop
+    raised; or, before anything starts, BusyError, IncompatibleError or CorruptError.
     """
     from dcgan import checkpoint, mirror, preemption, tracking
 
-    with run.lock():  # held by the worker once it runs; here it tells early that another process trains this run
+    with run.lock():  # held by the worker once it runs; here, an early check that no other process trains this run
         newest = checkpoint.latest(run)
     if newest is not None:
         checkpoint.check_fits(newest, run)
@@ -114,9 +114,9 @@ def train(run: Run, progress: Progress | None = None) -> None:
 
 
 def train_here(path: str) -> None:
-    """Train the run at `path` in this process; what each Ray worker calls.
+    """Train the run at `path` in this process; each Ray worker calls this.
 
-    Divergence and a stop are left to `train` to raise from the run's record: no worker is to be started again for them.
+    Divergence and a stop are left for `train` to raise from the run's record: no worker should be restarted for them.
     """
     from dcgan import train as loop
 
@@ -150,7 +150,7 @@ def _progress(run: Run, report: Progress | None) -> Iterator[None]:
         while True:
             last = stop.wait(1.0)
             lines = run.metrics()
-            seen = min(seen, max((line["step"] for line in lines), default=0))  # those after the checkpoint are cut
+            seen = min(seen, max((line["step"] for line in lines), default=0))  # a restart cuts the newest ones
             for line in lines:
                 if line["step"] > seen:
                     seen = line["step"]
@@ -170,7 +170,7 @@ def _progress(run: Run, report: Progress | None) -> Iterator[None]:
 def extract(run: Run) -> None:
     """Write the feature banks of the chosen checkpoint and of the random initialisation: see `dcgan.features`.
 
-    Two or more `compute.workers` are as many Ray processes, each with a GPU if Ray has them; else this process does it.
+    Two or more `compute.workers`: that many Ray processes do it, each with a GPU if Ray has them; else this process.
     """
     from dcgan import features
 
@@ -184,7 +184,7 @@ def extract(run: Run) -> None:
 
 
 def protocols(run: Run) -> tuple[Protocol, ...]:
-    """The protocols that can be run: those of `evaluate.protocols`, or none where the images have no two classes."""
+    """The protocols to run: those of `evaluate.protocols`, or none if the images have fewer than two classes."""
     return run.experiment.evaluate.protocols if len(run.scored_store().classes) > 1 else ()
 
 
@@ -217,7 +217,7 @@ def evaluate(run: Run, protocol: Protocol) -> dict[str, dict[str, float]]:
     for name in REPRESENTATIONS:
         splits = {split: (representation(run, name, split), labels[split]) for split in labels}
         train = splits["train"]
-        test = splits.get("test", (train[0][:0], train[1][:0]))  # none of a data set that is clustered whole
+        test = splits.get("test", (train[0][:0], train[1][:0]))  # a data set that is clustered whole has none
         with computing_on(run.experiment.compute.device):
             scores[name] = EVALUATORS[protocol](*train, *test, settings, splits.get("validation"))
     content = {**described, "commit": summary.commit(), "seconds": time.perf_counter() - began, "scores": scores}
@@ -226,7 +226,7 @@ def evaluate(run: Run, protocol: Protocol) -> dict[str, dict[str, float]]:
 
 
 def representation(run: Run, name: str, split: str) -> np.ndarray:
-    """(N, F) of a name of REPRESENTATIONS: a feature bank, float16, or the pixels in [0, 1], float32."""
+    """One of REPRESENTATIONS, (N, F): a feature bank, float16, or the pixels in [0, 1], float32."""
     from dcgan import checkpoint, features
 
     if name == "raw_pixels":
@@ -241,7 +241,7 @@ def raw_pixels(images: np.ndarray) -> np.ndarray:
 
 
 def report(run: Run) -> Path:
-    """Write report.html and deliver the run to MLflow; the page's path.
+    """Write report.html and deliver the run to MLflow; returns the page's path.
 
     If MLflow can't be reached, a warning says so and nothing is lost: `dcgan sync`, or the next run, delivers it.
     """
@@ -260,7 +260,7 @@ def report(run: Run) -> Path:
 
 
 def _push(run: Run) -> None:
-    """Copy the run to `data.remote`, if there is one, unless a process that trains it does so."""
+    """Copy the run to `data.remote`, if there is one, unless the process that trains it does so."""
     from dcgan import mirror
 
     if run.experiment.data.remote is None:
@@ -273,7 +273,7 @@ def _push(run: Run) -> None:
 
 
 def sample(source: Path, count: int, seed: int, out: Path) -> None:
-    """Draw `count` images (that many a class, if conditional) from a run or a checkpoint directory into a PNG grid.
+    """Draw `count` images (that many per class, if conditional) from a run or a checkpoint directory into a PNG grid.
 
     Needs the checkpoint only: no data, no server. Raises FileNotFoundError or CorruptError if there is none.
     """

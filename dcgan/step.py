@@ -1,6 +1,6 @@
 """One update of the discriminator, one of the generator (paper, section 4): tensors in, metrics out.
 
-Real and generated images go through the discriminator in batches of their own, so that each keeps its own BatchNorm
+Real and generated images go through the discriminator in separate batches, so that each has its own BatchNorm
 statistics, as in the paper. Losses are the non-saturating ones of Goodfellow et al. (2014) on logits.
 """
 
@@ -18,7 +18,7 @@ from dcgan.distributed import Place
 from dcgan.models import Discriminator, Generator
 from dcgan.numerics import numerics
 
-BETA2 = 0.999  # Adam's default; the paper changes only the first momentum
+BETA2 = 0.999  # Adam's default; the paper changes only beta1
 
 
 def real_loss(logits: Tensor, smoothing: float) -> Tensor:
@@ -41,9 +41,9 @@ def generator_loss(logits: Tensor) -> Tensor:
 
 
 def learning_rate(step: int, settings: Train) -> float:
-    """Adam's learning rate at a step from 0 on: constant, then falling linearly over the last `decay` of the steps.
+    """Adam's learning rate at a step (from 0): constant, then falling linearly over the last fraction `decay` of steps.
 
-    The step after the last would have 0. The MNIST code's 100 + 100 epochs, which fall an epoch at a time, are 0.5.
+    It would be 0 at the step after the last. The MNIST code's 100 + 100 epochs, falling once per epoch, are 0.5.
     """
     falling = settings.decay * settings.steps
     left = settings.steps - step
@@ -75,7 +75,7 @@ class Game:
         return self.average if self.average is not None else self.generator
 
     def kind(self, step: int) -> int:
-        """Which of the kinds of a step it is: those of one kind do the same to other numbers."""
+        """The kind of a step: steps of one kind do the same operations on different numbers."""
         return step % 2 if self.settings.update == "alternate" else 0
 
     def step(self, step: int, real: Tensor, labels: Tensor | None, z: Tensor) -> dict[str, Tensor]:
@@ -102,14 +102,14 @@ class Game:
             self.rate.fill_(rate)
         for optimizer in (self.g_optimizer, self.d_optimizer):
             for group in optimizer.param_groups:
-                group["lr"] = self.rate  # a checkpoint that was loaded has put its own there
+                group["lr"] = self.rate  # loading a checkpoint puts another tensor there
 
     def _generate(self, z: Tensor, labels: Tensor | None) -> Tensor:
         with self._autocast():
             return self.wrapped_generator(z, labels)
 
     def _update_discriminator(self, real: Tensor, fake: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
-        # Two backwards: half the memory of one, and DDP never sees two forwards before a backward.
+        # Two backward passes: half the memory of one, and DDP never sees two forwards before a backward.
         net = self.wrapped_discriminator
         self.d_optimizer.zero_grad()
         with net.no_sync() if isinstance(net, nn.parallel.DistributedDataParallel) else nullcontext():

@@ -1,7 +1,7 @@
-"""A directory that is either complete or absent: staged aside, hashed file by file, renamed into place, verified.
+"""Directories that are either complete or absent: staged aside, hashed file by file, renamed into place, verified.
 
-Image stores and checkpoints are both such directories. `manifest.json` is written last and lists every other file
-with its length and SHA-256; a directory without a valid manifest does not exist.
+Image stores, checkpoints and feature banks are such directories. `manifest.json` is written last and lists every other
+file with its length and SHA-256; a directory without a valid manifest counts as absent.
 """
 
 import fcntl
@@ -29,7 +29,7 @@ class BusyError(RuntimeError):
 
 @contextmanager
 def hold(file: Path, what: str, wait: bool = False) -> Iterator[None]:
-    """Hold a lock file; the kernel lets go when the process dies. Raises BusyError if it is held, unless `wait`."""
+    """Hold a lock file; the kernel releases it when the process dies. Raises BusyError if it is held, unless `wait`."""
     with file.open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -74,7 +74,7 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextmanager
 def staging(parent: Path) -> Iterator[Path]:
-    """A fresh directory beside the final ones, removed at exit unless `publish` has renamed it.
+    """A fresh directory next to the final ones, removed at exit unless `publish` has renamed it.
 
     What a killed process left behind on this host is removed first.
     """
@@ -126,7 +126,7 @@ def publish(staged: Path, destination: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Put a file's bytes, or the names in a directory, on the disk: a file's own fsync does not do the latter."""
+    """Flush a file's bytes, or the names in a directory, to disk: a file's own fsync does not do the latter."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -153,7 +153,7 @@ def digest(manifest: bytes) -> str:
 def read_manifest(directory: Path, hashes: bool = True, share: tuple[int, int] = (0, 1)) -> dict[str, Any]:
     """The manifest of a stored directory, after checking its files: lengths, and hashes if `hashes`.
 
-    share: of (i, n) the hash of every n-th file from i on, so that n processes together compare them all.
+    share: (i, n) checks the hash of every n-th file from i on, so that n processes together check them all.
     Raises CorruptError, naming the file, if the manifest is missing or unreadable or a file differs from it.
     """
     path = directory / MANIFEST

@@ -1,4 +1,4 @@
-"""What a run came to, in words and one table: made from the run directory, shown by MLflow and by the report."""
+"""Summarises a run in words and one table, from the run directory; MLflow and the report show them."""
 
 import importlib.metadata
 import json
@@ -17,7 +17,7 @@ from dcgan.run import Run, read_lines
 
 CONTROLS = ("random_init", "raw_pixels")
 HEADER = ("metric", "discriminator", "random init", "raw pixels")
-CODE = (":/dcgan", ":/flows", ":/constraints.txt")  # what decides a result, for git
+CODE = (":/dcgan", ":/flows", ":/constraints.txt")  # git pathspecs of what decides a result
 COMMAND_SECONDS = 30
 PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "prefect", "ray", "mlflow")
 
@@ -26,7 +26,7 @@ PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "prefect", "ray", "
 class Row:
     """One measured value. `features` are the trained discriminator's; the controls are None where not measured.
 
-    gain: `features` less `random_init`; None for what is no score (a chosen hyperparameter, a standard deviation).
+    gain: `features` minus `random_init`; None for what is not a score (a chosen hyperparameter, a standard deviation).
     """
 
     metric: str
@@ -59,9 +59,9 @@ def is_score(name: str) -> bool:
 
 
 def score_rows(run: Run) -> list[tuple[str, str, str, str]]:
-    """Every score beside its two controls, as text under HEADER; `-` where a control was not measured.
+    """Every score next to its two controls, as text under HEADER; `-` where a control was not measured.
 
-    A mean over draws stands with its standard deviation. Chosen hyperparameters are no scores and are left out.
+    A mean over draws comes with its standard deviation. Chosen hyperparameters are not scores and are left out.
     """
     rows = {row.metric: row for row in table(run)}
     return [_cells(row, rows.get(f"{name}_std")) for name, row in rows.items() if is_score(name)]
@@ -116,7 +116,7 @@ def flat(scores: dict[str, dict[str, float]]) -> dict[str, float]:
 
 
 def markdown(run: Run) -> str:
-    """The run in a screenful: what came out, what to beware of, every score beside its controls, how to repeat it."""
+    """The run in a screenful: the result, warnings, every score next to its controls, and how to repeat it."""
     warnings = [f"- **{event['event']}** at step {event['step']:,}: {event['message']}" for event in events(run)]
     rows = ["| " + " | ".join(cells) + " |" for cells in [HEADER, ["---"] * len(HEADER), *score_rows(run)]]
     parts = [headline(run), "\n".join(warnings), "\n".join(rows) if len(rows) > 2 else "", f"    {command(run)}"]
@@ -139,17 +139,17 @@ def events(run: Run) -> list[dict[str, Any]]:
 
 
 def command(run: Run) -> str:
-    """The command that repeats the run: its preset and every setting that differs from it, but for the home."""
+    """The command that repeats the run: its preset and every setting that differs from it, except the home."""
     wanted = run.experiment.flat()
     name, source = run.experiment.data.name, wanted["data.source"]
     words = [f"data.source={source}"] if run.experiment.data.source else []
-    preset = config.build(name, words).flat()  # with the source, without which `folder` is no experiment
+    preset = config.build(name, words).flat()  # with the source, without which `folder` is not valid
     words += [f"{key}={value}" for key, value in wanted.items() if preset[key] != value and key != "data.home"]
     return shlex.join(["dcgan", "run", name, *words])
 
 
 def scored(run: Run) -> str:
-    """Which checkpoint the scores are of; "" if there are none. Scores with another setting than the run's name it."""
+    """Which checkpoint the scores are of; "" if there are none. Settings that differ from the run's are named."""
     now = run.experiment.evaluate.model_dump(mode="json")
     groups: dict[str, list[str]] = {}
     for protocol, content in run.scores().items():
@@ -175,7 +175,7 @@ def environment() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """Of the code that runs, and whether it differs from that; "" if it is in no git checkout."""
+    """The commit of the running code, and whether the code differs from it; "" outside a git checkout."""
     return _commit(_git())
 
 
@@ -212,7 +212,7 @@ def _git() -> dict[str, Any]:
 
 
 def _output(command: list[str]) -> str:
-    """What a command prints, or "" if it is not installed, fails, or hangs, as one of a device in trouble may."""
+    """What a command prints, or "" if it is not installed, fails, or hangs, as one for a faulty device may."""
     if shutil.which(command[0]) is None:
         return ""
     try:

@@ -1,4 +1,4 @@
-"""What a person reads in a terminal, a log or a note: the line of a training step and the table of scores."""
+"""Formats what people read in a terminal, a log or a note: the line of a training step and the table of scores."""
 
 import time
 from collections.abc import Callable
@@ -14,7 +14,7 @@ SHOWN = (
     ("d_fake", "D(fake)", 2),
     ("swd", "swd", 4),
 )
-INTERVAL = 2.0  # seconds between two lines of progress: seen to move, and a log of an hour stays readable
+INTERVAL = 2.0  # seconds between lines of progress: visibly moving, and an hour's log stays readable
 
 
 def text_table(run: Run) -> str:
@@ -29,7 +29,7 @@ def progress_line(line: dict[str, Any], steps: int) -> str:
     """A line of metrics.jsonl for a person, with the time left to step `steps` at the speed of that line."""
     done, speed = line["step"], line["images_per_second"]
     left = (steps - done) * line["images"] / done / speed
-    # With train.update=alternate a line of one step knows one net only.
+    # With train.update=alternate a line of one step has metrics of one net only.
     known = [f"{words} {line[key]:.{digits}f}" for key, words, digits in SHOWN if key in line]
     words = [f"step {done:,}/{steps:,}", *known, f"{speed:,.0f} images/s"]
     if done < steps:
@@ -46,7 +46,7 @@ def _duration(seconds: float) -> str:
 
 
 class Progress:
-    """Called with each line of metrics.jsonl, says one every INTERVAL seconds, and each that closes a checkpoint."""
+    """Called with each line of metrics.jsonl; reports one every INTERVAL seconds, and each that has a checkpoint."""
 
     def __init__(self, steps: int, say: Callable[[str], object], clock: Callable[[], float] = time.monotonic) -> None:
         self.steps, self.say, self.clock = steps, say, clock

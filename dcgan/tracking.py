@@ -1,7 +1,7 @@
-"""MLflow, from the run directory: what a run has recorded is delivered from there, now or later, each thing once.
+"""Delivers to MLflow what a run has recorded in its directory, now or later, each item once.
 
-The training loop knows nothing of MLflow. `follow` is a thread beside it, `sync` delivers what is still missing, and
-the ledger, `mlflow.json` in the run, remembers what has arrived. A server that is slow or away costs training nothing.
+The training loop knows nothing of MLflow. `follow` runs a thread alongside, `sync` delivers what is still missing, and
+the ledger, `mlflow.json` in the run, records what has arrived. A slow or unreachable server costs training nothing.
 """
 
 import fcntl
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-EVERY = 5.0  # seconds between deliveries: what a person watching a chart takes for live
+EVERY = 5.0  # seconds between deliveries: often enough for a chart to look live
 SOON = 0.5  # seconds between looks for the first line, so that a short run is seen at once
 PATIENCE = 5.0  # seconds that the end of training waits for the last delivery
 LOCK_SECONDS = 60.0  # another process may be uploading this run
@@ -50,10 +50,10 @@ class TrackingError(RuntimeError):
 
 @dataclass
 class Ledger:
-    """What has been delivered to the run's MLflow run, and what it is to look like. Times are in ms since 1970.
+    """What has been delivered to the run's MLflow run, and what that should look like. Times are in ms since 1970.
 
-    images: metrics are there up to this many images seen. sent: item to the version of it that is there.
-    pending: items whose sending began; after a crash or a lost answer, whether one arrived is asked of the server.
+    images: metrics up to this many images seen have arrived. sent: item to the version of it that has arrived.
+    pending: items being sent; after a crash or a lost answer, the server is asked whether one arrived.
     """
 
     path: Path
@@ -93,7 +93,7 @@ class Ledger:
         self.save()
 
     def forget(self) -> None:
-        """Begin anew, for a new MLflow run; what the run is to look like stays."""
+        """Start over, for a new MLflow run; what the run should look like stays."""
         self.run_id, self.experiment_id, self.token = "", "", secrets.token_hex(8)
         self.images, self.sent, self.pending = -1, {}, []
 
@@ -136,10 +136,10 @@ def url(run: Run) -> str | None:
 
 
 def start(run: Run, tags: dict[str, str] | None = None) -> str | None:
-    """Create the run's MLflow run, or set the one it has to RUNNING, with parameters, data set and tags; its id.
+    """Create the run's MLflow run, or set it to RUNNING, with parameters, data set and tags; returns its id.
 
-    Never raises for a server that is away: it warns and returns None, and the first delivery that gets through
-    creates the run as asked for here.
+    Never raises for an unreachable server: it warns and returns None, and the first delivery that gets through
+    creates the run as requested here.
     """
     if not (run.path / "environment.json").is_file():
         _record_environment(run)
@@ -147,7 +147,7 @@ def start(run: Run, tags: dict[str, str] | None = None) -> str | None:
 
 
 def finish(run: Run, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
-    """Deliver the metrics that are missing and set the status; warns, and leaves it to `sync`, if MLflow is away."""
+    """Deliver missing metrics and set the status; if MLflow is unreachable, warns and leaves it to `sync`."""
     _attempt(run, status=status, ended=milliseconds())
 
 
@@ -165,9 +165,9 @@ def sync(run: Run) -> Delivery:
 def follow(run: Run) -> Iterator[None]:
     """Deliver metrics and sample grids every few seconds while the body, training, runs, and at its end.
 
-    The run is RUNNING, and FAILED or, by Ctrl-C, KILLED if the body raises; where and with what it trains is recorded
-    in environment.json. Never raises itself: a server that is away gets one warning, and the record on disk is
-    delivered when it is back, or by `sync`.
+    The run is RUNNING; if the body raises, FAILED or, on Ctrl-C, KILLED. Where and with what it trains is recorded in
+    environment.json. Never raises itself: an unreachable server causes one warning, and the record on disk is delivered
+    when it is back, or by `sync`.
     """
     _record_environment(run)
     stop = threading.Event()
@@ -196,7 +196,7 @@ def _follow(run: Run, stop: threading.Event) -> None:
     away, pause, delivered = False, SOON, None
     while True:
         last, found = stop.is_set(), _written(run)
-        if last or found != delivered:  # to ask MLflow for nothing costs as much as to tell it something
+        if last or found != delivered:  # an empty delivery costs as much as any other
             try:
                 with _courier(run, status="RUNNING", ended=None) as courier:
                     courier.progress()
@@ -231,7 +231,7 @@ def _attempt(run: Run, **wanted: Any) -> str | None:
 
 @contextmanager
 def _courier(run: Run, **wanted: Any) -> "Iterator[Courier]":
-    """The run's courier, connected, alone at work on this run; `wanted` is recorded before MLflow is asked."""
+    """The run's courier, connected, with exclusive access; `wanted` is recorded before MLflow is contacted."""
     with lock(run.path / ".mlflow.lock"):
         ledger = Ledger.load(run.path / "mlflow.json")
         for name, value in wanted.items():
@@ -239,7 +239,7 @@ def _courier(run: Run, **wanted: Any) -> "Iterator[Courier]":
         ledger.save()
         for name, value in SETTINGS.items():
             os.environ.setdefault(name, value)
-        from dcgan.tracking_courier import Courier  # brings MLflow, two seconds
+        from dcgan.tracking_courier import Courier  # imports MLflow: two seconds
         from dcgan.tracking_run import failures
 
         with failures(without_password(uri(run.home))):
@@ -248,7 +248,7 @@ def _courier(run: Run, **wanted: Any) -> "Iterator[Courier]":
 
 @contextmanager
 def lock(path: Path) -> Iterator[None]:
-    """Hold a lock file; the kernel lets go when the process dies. Raises TrackingError after LOCK_SECONDS."""
+    """Hold a lock file; the kernel releases it when the process dies. Raises TrackingError after LOCK_SECONDS."""
     deadline = time.monotonic() + LOCK_SECONDS
     with path.open("a") as file:
         while True:

@@ -1,4 +1,4 @@
-"""One delivery to MLflow: what the run directory holds and the ledger does not name yet. Only `tracking` imports it."""
+"""Makes one delivery to MLflow: what the run directory holds and the ledger lacks. Only `tracking` imports it."""
 
 import json
 import math
@@ -35,7 +35,7 @@ class Courier:
         self.delivery = Delivery(ledger.run_id, tracking.url(run))
 
     def progress(self) -> None:
-        """What changes while training runs."""
+        """Deliver what changes while training runs."""
         self.data()
         self.metrics()
         self.samples()
@@ -43,7 +43,7 @@ class Courier:
         tracking_run.set_status(self.client, self.ledger, self.known)
 
     def everything(self) -> None:
-        """All there is; the large things last."""
+        """Deliver everything, the large items last."""
         self.data()
         self.metrics()
         self.samples()
@@ -75,7 +75,7 @@ class Courier:
     # What training records.
 
     def metrics(self) -> None:
-        """Lines of metrics.jsonl beyond the last one sent: after a resume, the lines written anew are there already."""
+        """Lines of metrics.jsonl beyond the last one sent: lines rewritten after a resume have arrived already."""
         ledger = self.ledger
         if "metrics" in ledger.pending:
             history = self.client.get_metric_history(ledger.run_id, MARKER)
@@ -113,7 +113,7 @@ class Courier:
     # What the later stages record.
 
     def scores(self) -> None:
-        """Scores as metrics at the images that the scored checkpoint has seen; controls under their own names."""
+        """Scores as metrics, at the number of images the scored checkpoint has seen; controls under their own names."""
         for path in sorted((self.run.path / "scores").glob("*.json")):
             self._once(f"metrics of {path.name}", storage.sha256(path), self._score, path)
 
@@ -163,9 +163,9 @@ class Courier:
             tracking_models.log(self.client, self.run, self.ledger, weights, again)
 
     def _once(self, item: str, version: str, send: Callable[..., None], *arguments: Any) -> bool:
-        """Send one item unless this version of it is there; whether it was sent.
+        """Send one item unless this version of it has arrived; returns whether it was sent.
 
-        `send` is told, as `again`, that an earlier attempt may have arrived all the same.
+        `again` tells `send` that an earlier attempt may have arrived after all.
         """
         if self.ledger.sent.get(item) == version:
             return False
@@ -180,7 +180,7 @@ Timed = tuple[int, dict[str, Any]]  # a line of metrics.jsonl and when it was wr
 
 
 def _timed(lines: list[dict[str, Any]], file: Path) -> list[Timed]:
-    """The last lines of the file with their times: the file's own, less the seconds of the lines that follow."""
+    """The last lines of the file with their times: the file's own, minus the seconds of the lines that follow."""
     timed: list[Timed] = []
     when = file.stat().st_mtime if lines else 0.0
     for line in reversed(lines):
@@ -190,7 +190,7 @@ def _timed(lines: list[dict[str, Any]], file: Path) -> list[Timed]:
 
 
 def _batches(lines: list[Timed]) -> Iterator[list[Timed]]:
-    """The lines in pieces of no more than BATCH values: a piece arrives whole or not at all."""
+    """The lines in pieces of at most BATCH values: a piece arrives whole or not at all."""
     size = BATCH // max((len(line) for _, line in lines), default=1)
     for start in range(0, len(lines), size):
         yield lines[start : start + size]
@@ -201,7 +201,7 @@ def _metrics(when: int, line: dict[str, Any]) -> list[Metric]:
 
 
 def _numbers(line: dict[str, Any]) -> dict[str, float]:
-    """What can be drawn: MLflow keeps inf as 1.8e308, which ruins a chart. `_tags` tells of the rest."""
+    """The finite values: MLflow stores inf as 1.8e308, which ruins a chart. `_tags` reports the rest."""
     values = {key: value for key, value in line.items() if key not in ("step", "images", "seconds")}
     return {key: value for key, value in values.items() if value is not None and math.isfinite(value)}
 
@@ -216,7 +216,7 @@ def _tags(run: Run) -> dict[str, str]:
         tags["mlflow.source.git.commit"] = environment["git_commit"]
         tags["git_changed"] = str(environment["git_changed"]).lower()
     tags |= {f"event.{e['event']}": f"step {e['step']}: {e['message']}" for e in summary.events(run)}
-    for line in reversed(run.metrics()):  # the first one stays
+    for line in reversed(run.metrics()):  # so that the first one stays
         lost = set(line) - set(_numbers(line)) - {"step", "images", "seconds"}
         tags |= {f"not_finite.train/{key}": f"{line[key]} at step {line['step']}" for key in lost}
     return tags
@@ -228,7 +228,7 @@ def _checkpoints(run: Run) -> set[Path]:
 
 @contextmanager
 def _time_for_uploads() -> Iterator[None]:
-    """A server that passes a large file on to its own store answers only when that is done."""
+    """Allow for a server that forwards a large file to its own store and answers only when that is done."""
     name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
     usual = os.environ[name]
     os.environ[name] = str(max(int(usual), UPLOAD_SECONDS))

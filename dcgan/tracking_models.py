@@ -1,4 +1,4 @@
-"""The exported nets as MLflow models: graphs that load without this package. Imported by `tracking_courier` alone."""
+"""Logs exported nets as MLflow models: graphs that load without this package. Only `tracking_courier` imports it."""
 
 import tempfile
 from pathlib import Path
@@ -22,7 +22,7 @@ EXAMPLES = 2  # torch.export freezes a dimension of size one, so a batch is at l
 def log(client: MlflowClient, run: Run, ledger: Ledger, weights: Path, again: bool) -> None:
     """Log exported weights, `generator.safetensors` or `discriminator.safetensors`, as a model made by the run.
 
-    again: an earlier attempt may have got through: a finished one is kept, an unfinished one is replaced.
+    again: an earlier attempt may have got through; a finished model is kept, an unfinished one is replaced.
     """
     step = int(checkpoint.chosen(run).name)
     name = {"generator": "generator", "discriminator": "feature-extractor"}[weights.stem]
@@ -40,7 +40,7 @@ def log(client: MlflowClient, run: Run, ledger: Ledger, weights: Path, again: bo
 
 
 def _generator(weights: Path) -> tuple[nn.Module, dict[str, np.ndarray]]:
-    """z (N, z_dim) and, conditional, labels (N,) -> images (N, C, H, W) in [-1, 1]."""
+    """z (N, z_dim) and, if conditional, labels (N,) -> images (N, C, H, W) in [-1, 1]."""
     net = features.load_exported(weights)
     assert isinstance(net, Generator)
     inputs = {"z": np.zeros((EXAMPLES, net.z_dim), np.float32)}
@@ -68,7 +68,7 @@ def _finished(client: MlflowClient, ledger: Ledger, name: str, tags: dict[str, s
 
 def save(net: nn.Module, inputs: dict[str, np.ndarray], path: Path, card: Model) -> None:
     """Export a net, traced on `inputs` (each (EXAMPLES, ...)) with a free batch size, as an MLflow model directory."""
-    import mlflow.pytorch  # three seconds
+    import mlflow.pytorch  # takes three seconds
 
     examples = tuple(inputs.values())
     with torch.no_grad():

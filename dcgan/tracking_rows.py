@@ -1,4 +1,4 @@
-"""A measured row of a reproduced table as an MLflow run: one experiment a table, so that its rows can be compared."""
+"""Logs a measured row of a reproduced table as an MLflow run; one experiment per table makes its rows comparable."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ TOKEN = "dcgan.token"
 def log(
     home: Path, experiment: str, name: str, token: str, metrics: dict[str, float], params: dict[str, Any], text: str
 ) -> None:
-    """Create the finished run of a row, unless one of this token is there.
+    """Create the finished run of a row, unless one with this token exists.
 
     metrics: `measured/<column>`, `published/<column>` and the like. text: the run's description, Markdown. Raises
     TrackingError if MLflow can't be reached or refuses.

@@ -1,4 +1,4 @@
-"""The MLflow run that belongs to a run: reached within seconds or not at all, found again, or created once."""
+"""Finds the MLflow run of a run, or creates it once; connects within seconds or not at all."""
 
 import logging
 import re
@@ -26,7 +26,7 @@ CONNECT_SECONDS = 3.0  # for any answer at all; a request then has MLFLOW_HTTP_R
 
 @contextmanager
 def failures(address: str) -> Iterator[None]:
-    """Whatever keeps MLflow from taking a delivery, as a TrackingError of one line."""
+    """Turn whatever keeps MLflow from taking a delivery into a one-line TrackingError."""
     try:
         yield
     except RestException as error:
@@ -35,21 +35,21 @@ def failures(address: str) -> Iterator[None]:
         raise TrackingError(f"MLflow at {address} failed: {_line(error)}") from error
     except requests.RequestException as error:
         raise TrackingError(f"MLflow at {address} can't be reached: {_line(error)}") from error
-    except (SQLAlchemyError, ImportError) as error:  # of a database that MLflow is to keep its record in
+    except (SQLAlchemyError, ImportError) as error:  # of a database that keeps MLflow's record
         raise TrackingError(f"MLflow can't use {address}: {_line(error)}") from error
     except OSError as error:
         raise TrackingError(f"can't deliver to MLflow at {address}: {_line(error)}") from error
 
 
 def _line(error: Exception) -> str:
-    """The first line without passwords, or just the system's own words, which requests wraps four deep."""
+    """The first line without passwords, or just the system's message, which requests wraps four deep."""
     text = (str(error).splitlines() or [type(error).__name__])[0]
     own = re.search(r"\[Errno -?\d+\] [\w ]+|Read timed out", text)
     return own[0] if own else re.sub(r"//[^/@\s]+@", "//", text)
 
 
 def connect(home: Path) -> MlflowClient:
-    """A client for the server, or the SQLite file, that keeps the record; raises soon if nothing answers there."""
+    """A client for the server, or the SQLite file, that keeps the record; raises quickly if nothing answers there."""
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.WARNING)  # forty lines when a SQLite file is created
     uri = tracking.uri(home)
@@ -61,7 +61,7 @@ def connect(home: Path) -> MlflowClient:
 
 
 def _knock(uri: str) -> None:
-    """Raise within CONNECT_SECONDS if nothing answers; MLflow itself asks again and again for minutes."""
+    """Raise within CONNECT_SECONDS if nothing answers; MLflow itself retries for minutes."""
     parts = urlsplit(uri)
     if parts.scheme in ("http", "https"):
         requests.get(f"{uri.rstrip('/')}/health", timeout=CONNECT_SECONDS)
@@ -95,7 +95,7 @@ def _find(client: MlflowClient, run: Run, ledger: Ledger) -> MlflowRun | None:
 def _create(client: MlflowClient, run: Run, ledger: Ledger) -> None:
     experiment_id = experiment(client, run.home, summary.dataset(run))
     found = []
-    if "run" in ledger.pending:  # asked for before, and no answer
+    if "run" in ledger.pending:  # requested before, but no answer came
         mine = f"tags.`dcgan.token` = '{ledger.token}'"
         found = client.search_runs([experiment_id], mine, ViewType.ACTIVE_ONLY, 1)
     else:
@@ -108,7 +108,7 @@ def _create(client: MlflowClient, run: Run, ledger: Ledger) -> None:
 
 
 def experiment(client: MlflowClient, home: Path, name: str) -> str:
-    """The id of the experiment of this name: one a data set, or a table, so that its runs can be compared."""
+    """The id of the experiment of this name: one per data set or table, so that its runs can be compared."""
     known = client.get_experiment_by_name(name)
     if known is None:
         remote = urlsplit(tracking.uri(home)).scheme in ("http", "https")

@@ -1,6 +1,6 @@
 """The training loop. Run by Ray Train's workers, by torchrun, or in this process, always through `train`.
 
-torchrun --nproc-per-node 2 -m dcgan.train RUN      goes on with the run in the directory RUN
+torchrun --nproc-per-node 2 -m dcgan.train RUN      resumes the run in the directory RUN
 """
 
 import json
@@ -37,7 +37,7 @@ class StoppedError(RuntimeError):
 def train(run: Run) -> None:
     """Train a run from its newest checkpoint, or from the start, to `train.steps`. Every rank calls this.
 
-    Rank 0 writes metrics, samples, checkpoints and events into the run; interrupted at any line, the same call goes on.
+    Rank 0 writes metrics, samples, checkpoints and events into the run; interrupted at any line, the same call resumes.
     Raises DivergedError, StoppedError, BusyError, IncompatibleError, CorruptError if a byte of the images is not as
     stored, or ValueError for settings that don't fit them.
     """
@@ -57,7 +57,7 @@ def train(run: Run) -> None:
         if start >= settings.steps:
             return
 
-        # Draw what there is before the first step.
+        # Draw a grid before the first step.
         player, window = Player(game, run.experiment.compute.graph), Window(start, settings.batch_size, place)
         keeper, is_asked = Keeper(run, game, store) if place.first else None, preemption.Request(run, place)
         with closing(player), closing(data.from_step(start)) as stream, closing(keeper) if keeper else nullcontext():
@@ -68,7 +68,7 @@ def train(run: Run) -> None:
             for step, batch in zip(range(start, settings.steps), stream, strict=False):
                 player.play(step, batch)
 
-                # After a step: read the metrics now and then, and keep what is worth keeping.
+                # After a step: read the metrics now and then, and keep what is due.
                 done = step + 1
                 stopping = is_asked(together=done % settings.log_every == 0)
                 saving = done % settings.checkpoint_every == 0 or done == settings.steps or stopping
@@ -86,7 +86,7 @@ def train(run: Run) -> None:
                     window.restart(player)
                 if stopping:
                     break
-        distributed.barrier(place)  # who ended first would have torchrun kill the rank that still writes
+        distributed.barrier(place)  # a rank that ended first would have torchrun kill the one still writing
     if done < settings.steps:
         raise StoppedError(f"run {run.name} was stopped at step {done}, which is kept; the same command goes on")
 
@@ -111,7 +111,7 @@ class Window:
         return line | dict(zip(names, values, strict=True))
 
     def restart(self, player: Player) -> None:
-        """Begin the next line; the time since `close` (validation, copying) is no training time."""
+        """Begin the next line; the time since `close` (validation, copying) does not count as training time."""
         player.restart()
         self.began = time.perf_counter()
 
@@ -127,7 +127,7 @@ def _start(run: Run, store: Store, place: Place) -> Game:
 
 
 def _resume(run: Run, game: Game, newest: Path | None, place: Place) -> int:
-    """Load the checkpoint that rank 0 found valid, on every rank; the step to go on from, 0 if there is none."""
+    """Load the checkpoint that rank 0 found valid, on every rank; returns the step to resume from, 0 if none."""
     step = int(newest.name) if newest is not None else 0
     if place.world > 1:
         shared = torch.tensor([step], device=place.device)
@@ -139,7 +139,7 @@ def _resume(run: Run, game: Game, newest: Path | None, place: Place) -> int:
 
 
 def _cut(run: Run, step: int) -> None:
-    """Drop lines written after the checkpoint that training goes on from: those steps will be played again."""
+    """Drop lines written after the checkpoint that training resumes from: those steps will be repeated."""
     for name in ("metrics.jsonl", "events.jsonl"):
         kept = "".join(json.dumps(line) + "\n" for line in read_lines(run.path / name) if line["step"] <= step)
         if (run.path / name).is_file():  # even with no whole line in it: a part of one would spoil the next

@@ -1,4 +1,4 @@
-"""Sliced Wasserstein distance between two sets of images: how `best` is chosen, without labels or outside weights.
+"""Sliced Wasserstein distance between two sets of images, to choose `best` without labels or outside weights.
 
 After Karras et al. (2018), section 5: 7x7 patches at each level of a Laplacian pyramid, normalised per channel,
 compared by the mean one-dimensional distance over random directions. It sees collapse and missing structure at every
@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IMAGES = 1024  # compared per checkpoint; under a second at 32 px on two cores
-PATCH = 7  # pixels a side (Karras et al.)
-PATCHES = 16  # a level and image (Karras et al.: 128 of 16,384 images)
+PATCH = 7  # pixels per side (Karras et al.)
+PATCHES = 16  # per level and image (Karras et al.: 128, of 16,384 images)
 DIRECTIONS = 256  # (Karras et al.: 512)
-SMALLEST = 14  # the coarsest level still holds patches in different places
+SMALLEST = 14  # pixels per side of a level, so that the coarsest still has patches in different places
 
 
 class Reference:
-    """Images that others are compared with, float (N, C, H, W) in [-1, 1]; what is known of them is computed once."""
+    """Images to compare others with, float (N, C, H, W) in [-1, 1]; what depends on them alone is computed once."""
 
     def __init__(self, images: Tensor, seed: int = 0) -> None:
         self.shape, self.seed = images.shape, seed

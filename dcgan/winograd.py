@@ -1,4 +1,4 @@
-"""Convolutions of stride 2 by Winograd's minimal filtering: fewer multiplications than the sum as written.
+"""Computes stride-2 convolutions by Winograd's minimal filtering, with fewer multiplications than the direct sum.
 
 A convolution of stride 2 is one of stride 1 over pixels taken two by two, in both directions, with a kernel of half the
 size: r = 2 for kernels of 3 and 4, 3 for those of 5. Tiles of m x m outputs are then F(m x m, r x r) of Lavin and Gray
@@ -6,7 +6,7 @@ size: r = 2 for kernels of 3 and 4, 3 for those of 5. Tiles of m x m outputs are
 products of matrices. The three gradients are those of the same bilinear form, so everything here is one of four maps
 (to tiles and from tiles, of the larger and of the smaller side) around a product.
 
-In memory a batch is (N, H, W, C), "channels last". It is worked on in parts, whose tiles stay in the processor's cache.
+In memory a batch is (N, H, W, C), "channels last". It is processed in parts whose tiles stay in the processor's cache.
 """
 
 from collections.abc import Iterator
@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-M = 4  # outputs of a tile along a side; larger tiles lose more in float32, and divide fewer maps
-POINTS = {2: (0, 1, -1, 2), 3: (0, 1, -1, 2, -2)}  # of the polynomials, besides infinity
+M = 4  # outputs per side of a tile; larger tiles lose more precision in float32, and divide fewer maps evenly
+POINTS = {2: (0, 1, -1, 2), 3: (0, 1, -1, 2, -2)}  # where the polynomials are evaluated, besides infinity
 PART = 2**25  # bytes of the tiles of a part; 2**22 and less were slower at 32 px
 
 
@@ -64,12 +64,12 @@ class Layer(NamedTuple):
         return -(-self.height // M), -(-self.width // M)
 
     def pairs(self, weight: Tensor) -> Tensor:
-        """(C, D, kernel, kernel) to (C, r, 2, r, 2, D), an odd kernel with zeros at its end."""
+        """(C, D, kernel, kernel) to (C, r, 2, r, 2, D), an odd kernel padded with zeros at its end."""
         more, r, (count, channels) = 2 * self.r - self.kernel, self.r, weight.shape[:2]
         return F.pad(weight.permute(0, 2, 3, 1), (0, 0, 0, more, 0, more)).view(count, r, 2, r, 2, channels)
 
     def kernels(self, pairs: Tensor) -> Tensor:
-        """Its transpose."""
+        """The transpose of `pairs`."""
         pixels = pairs.reshape(len(pairs), 2 * self.r, 2 * self.r, -1)
         return pixels[:, : self.kernel, : self.kernel].permute(0, 3, 1, 2)
 
@@ -79,7 +79,7 @@ class Layer(NamedTuple):
         return _transform(form(self.r, weight.dtype).weights, pairs.reshape(len(pairs), self.r**2, -1))
 
     def weight_gradient(self, gradient: Tensor) -> Tensor:
-        """(C, n^2, 4 D) to (C, D, kernel, kernel): its transpose."""
+        """(C, n^2, 4 D) to (C, D, kernel, kernel): the transpose of `weights`."""
         rows = _transform(form(self.r, gradient.dtype).weights.T, gradient)
         return self.kernels(rows.view(len(rows), self.r, self.r, 2, 2, -1).transpose(2, 3))
 
@@ -97,7 +97,7 @@ class Layer(NamedTuple):
         return _transform(form(self.r, large.dtype).inputs, tiles.reshape(-1, n * n, 4 * channels))
 
     def tiles_to_large(self, tiles: Tensor, out: Tensor) -> None:
-        """Its transpose, into (N, 2h, 2w, D): tiles are added up where they overlap."""
+        """The transpose of `large_to_tiles`, into (N, 2h, 2w, D): tiles are summed where they overlap."""
         (rows, columns), n, over = self.tiles, self.n, self.r - 1
         count, height, width, channels = out.shape
         found = _transform(form(self.r, out.dtype).inputs.T, tiles)
@@ -105,7 +105,7 @@ class Layer(NamedTuple):
         total = out.new_empty(count, M * rows + over, 2, M * columns + over, 2 * channels)
         total[:, M * rows :].zero_()
         total[:, : M * rows, :, M * columns :].zero_()
-        windows = total.unfold(1, n, M).unfold(3, n, M)  # (N, rows, 2, columns, 2 D, n, n), one over the other
+        windows = total.unfold(1, n, M).unfold(3, n, M)  # (N, rows, 2, columns, 2 D, n, n), which overlap
         windows[..., :M, :M] = found[..., :M, :M]
         windows[..., M:, :M] += found[..., M:, :M]
         windows[..., :M, M:] += found[..., :M, M:]
@@ -131,7 +131,7 @@ class Layer(NamedTuple):
             out.copy_(found.reshape(count, M * rows, M * columns, channels)[:, :height, :width])
 
     def parts(self, count: int, channels: int, itemsize: int) -> Iterator[slice]:
-        """Of `count` images with D channels, of about the same size."""
+        """Slices of `count` images with `channels` = D, of about the same size."""
         rows, columns = self.tiles
         each = self.n**2 * rows * columns * 4 * channels * itemsize
         number = -(-count * each // PART)
@@ -175,7 +175,7 @@ def _forward(ctx: Any, x: Tensor, weight: Tensor, layer: Layer, to_large: bool) 
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-    """The gradient of x is the other of the two operations; that of the weights a product of both sides' tiles."""
+    """The gradient of x is the other of the two operations; that of the weights is a product of both sides' tiles."""
     (weights, *kept), layer, back = ctx.saved_tensors, ctx.layer, not ctx.to_large
     out = _empty(gradient, weights, layer, back) if ctx.needs_input_grad[0] else None
     total = None
@@ -188,7 +188,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None,
 
 
 def _parts(x: Tensor, weights: Tensor, layer: Layer, to_large: bool, out: Tensor | None) -> Iterator[Tensor]:
-    """Write the convolution of x, or `to_large` its transpose, into `out` if there is one; the tiles of x by parts."""
+    """Write the convolution of x (if `to_large`, its transpose) into `out` if given; yields the tiles of x by parts."""
     pixels = _pixels(x)
     for part in layer.parts(len(x), weights.shape[2] // 4, x.itemsize):
         tiles = layer.small_to_tiles(pixels[part]) if to_large else layer.large_to_tiles(pixels[part])
@@ -205,14 +205,14 @@ def _pixels(x: Tensor) -> Tensor:
 
 
 def _empty(x: Tensor, weights: Tensor, layer: Layer, large: bool) -> Tensor:
-    """For the larger or the smaller map of as many images as x."""
+    """Uninitialised memory for the larger or the smaller map of as many images as x."""
     times, channels = (2, weights.shape[2] // 4) if large else (1, len(weights))
     size = len(x), channels, times * layer.height, times * layer.width
     return torch.empty(size, dtype=x.dtype, memory_format=torch.channels_last)
 
 
 def _transform(matrix: Tensor, tiles: Tensor) -> Tensor:
-    """A matrix (a, b) times each of the tiles (T, b, K): those of one tile lie side by side, and in the cache."""
+    """A matrix (a, b) times each of the tiles (T, b, K), whose values lie side by side, and in the cache."""
     return torch.bmm(matrix.expand(len(tiles), -1, -1), tiles)
 
 

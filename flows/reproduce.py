@@ -1,4 +1,4 @@
-"""The flow `reproduce`: the rows of one table of the literature, one after the other, measured beside published."""
+"""The flow `reproduce`: measures the rows of one published table, one by one, next to the published values."""
 
 import logging
 from collections.abc import Sequence
@@ -31,17 +31,17 @@ def reproduce(
     seeds: Annotated[int, Field(ge=1)] = 1,
     results: str | None = None,
 ) -> dict[str, Any]:
-    """Measure the rows of a table of the literature and write them beside what was published.
+    """Measure the rows of a published table and write them next to the published values.
 
     Args:
         table: The table.
-        rows: Its rows to measure; none: all.
+        rows: The rows to measure; all if none are given.
         overrides: Settings to change, each section.key=value, or for one data set: cifar10/data.source=DIRECTORY.
         seeds: How many seeds each row is measured with, for mean and spread.
         results: The directory of results.md; the home if not given.
 
     Returns:
-        page (its path) and rows ({row: record}). A row that could not be measured says why and fails nothing.
+        page (its path) and rows ({row: record}). A row that could not be measured says why and does not fail the flow.
     """
     wanted = [row.key for row in measure.choose(table, rows)]  # refused before anything starts
     check(overrides, seeds)

@@ -1,10 +1,10 @@
-"""One task a stage, and here alone its retries, time limit and cache policy are decided.
+"""One task per stage; retries, time limits and cache policy are decided only here.
 
-No task is cached by Prefect. Each stage looks for its own result, under a name that is a function of all that went
-into it, and returns at once if it is there and valid; a cached answer of Prefect's would not notice a deleted file.
-Running any task twice is therefore harmless, and a flow run that failed is resumed by starting another.
+Prefect caches no task. Each stage looks for its own result, under a name that is a function of everything that went
+into it, and returns at once if it is there and valid; Prefect's cache would not notice a deleted file. Running any task
+twice is therefore harmless, and a failed flow run is resumed by starting another.
 
-Tasks hand one another the run's directory, not objects: Prefect stores nothing, and any task can be rerun by hand.
+Tasks pass on the run's directory, not objects: Prefect stores nothing, and any task can be rerun by hand.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ HOUR = 3600.0
 
 
 def artifact_key(*words: str) -> str:
-    """An artifact's: Prefect takes lower-case letters, digits and hyphens."""
+    """The key of an artifact: Prefect takes lower-case letters, digits and hyphens."""
     return "-".join(words).replace("_", "-")
 
 
@@ -44,21 +44,21 @@ def _is_transient(task: Any, task_run: TaskRun, state: State) -> bool:
     timeout_seconds=None,
 )
 def ingest(preset: str, overrides: Sequence[str]) -> str:
-    """Put the images into a store; the directory of the run.
+    """Put the images into a store; returns the run's directory.
 
-    Retried, more and more slowly, when the network fails, and only then. No time limit: LSUN's 46 GB take a slow line a
-    day, and a server that sends nothing is given up by the download itself. A data set that was ingested before costs
-    a look at its index.
+    Retried, with growing delays, only when the network fails. No time limit: LSUN's 46 GB take a day on a slow line,
+    and the download itself gives up on a server that sends nothing. If the data set was ingested before, its store is
+    only verified.
     """
     return str(stages.ingest(config.build(preset, overrides)).path)
 
 
 @task(task_run_name="train", cache_policy=NO_CACHE, retries=0, timeout_seconds=None)
 def train(run: str) -> str:
-    """Train to the last step, from the newest checkpoint; the run's directory again, so that later tasks wait for it.
+    """Train to the last step, from the newest checkpoint; returns the run's directory, so that later tasks wait for it.
 
-    Not retried here: Ray restarts workers that die, `compute.max_failures` times, and what then still fails does so
-    for a reason. No time limit: the number of steps is one, and Ray notices workers that hang.
+    Not retried here: Ray restarts workers that die, `compute.max_failures` times, and what fails after that
+    would fail again. No time limit: the number of steps is one, and Ray notices workers that hang.
     """
     opened, logger = Run.open(Path(run)), get_run_logger()
     stages.train(opened, tables.Progress(opened.experiment.train.steps, logger.info))
@@ -67,10 +67,10 @@ def train(run: str) -> str:
 
 @task(task_run_name="extract", cache_policy=NO_CACHE, retries=1, retry_delay_seconds=10, timeout_seconds=6 * HOUR)
 def extract(run: str) -> str:
-    """Write the feature banks; the run's directory again.
+    """Write the feature banks; returns the run's directory.
 
-    Retried once, because what can fail is the machine (memory, disk); each bank is whole or absent, so what is done
-    is not done again. Six hours are enough for ten million images on one core.
+    Retried once, because what can fail is the machine (memory, disk); each bank is whole or absent, so finished
+    ones are kept. Six hours are enough for ten million images on one core.
     """
     stages.extract(Run.open(Path(run)))
     return run
@@ -80,28 +80,28 @@ def extract(run: str) -> str:
 def evaluate(run: str, protocol: Protocol) -> dict[str, dict[str, float]]:
     """Score the features by one protocol: {representation: {metric: value}}.
 
-    Retried once, as `extract`: protocols run side by side, and one that ran out of memory may have room later. No time
-    limit: side by side means in threads, where Prefect can't interrupt a computation.
+    Retried once, as `extract`: protocols run concurrently, and one that ran out of memory may have room later. No time
+    limit: they run in threads, where Prefect can't interrupt a computation.
     """
     return stages.evaluate(Run.open(Path(run)), protocol)
 
 
 @task(task_run_name="report", cache_policy=NO_CACHE, retries=1, retry_delay_seconds=10, timeout_seconds=HOUR)
 def report(run: str) -> str:
-    """Write report.html and deliver the run to MLflow; the page's path.
+    """Write report.html and deliver the run to MLflow; returns the page's path.
 
-    Retried once, as `extract`. An MLflow that is away is no failure: the record waits in the run directory.
+    Retried once, as `extract`. An unreachable MLflow is no failure: the record waits in the run directory.
     """
     return str(stages.report(Run.open(Path(run))))
 
 
 @task(task_run_name="{table} {row}", cache_policy=NO_CACHE, retries=0, timeout_seconds=None)
 def measure_row(table: str, row: str, overrides: Sequence[str], seeds: int) -> dict[str, Any]:
-    """Measure one row of a table: its record.
+    """Measure one row of a table; returns its record.
 
     Not retried: what fails for lack of data or weights is a record that says so, and what was measured with one
     seed is kept for the next flow run. No time limit: a row may train for days.
     """
-    from dcgan.reproduce import measure  # every evaluator there is: only for who needs them
+    from dcgan.reproduce import measure  # imports every evaluator: only where needed
 
     return measure.one(table, row, overrides, seeds)

@@ -1,4 +1,4 @@
-"""The flow `train-eval`: ingest, train, extract, evaluate, report; what follows what, and nothing else.
+"""The flow `train-eval`: ingest, train, extract, evaluate, report; it decides their order, and nothing else.
 
 python -m flows.train_eval digits train.steps=300     on the server at PREFECT_API_URL, or on a temporary one
 """
@@ -79,7 +79,7 @@ def train_eval(preset: Preset, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def publish(run: Run, preset: str) -> None:
-    """Show the run as a Markdown artifact: scores beside their controls, the newest sample grid, where the rest is."""
+    """Show the run as a Markdown artifact: scores next to their controls, the newest sample grid, where the rest is."""
     pictures = sorted(run.samples.glob("*.png"), key=lambda file: int(file.stem))
     grid = base64.b64encode(pictures[-1].read_bytes()).decode()
     address = tracking.url(run)
@@ -97,7 +97,7 @@ def publish(run: Run, preset: str) -> None:
 
 
 def main(words: list[str]) -> int:
-    """Run the flow for a preset and overrides; the exit code."""
+    """Run the flow for a preset and overrides; returns the exit code."""
     try:
         preset, *overrides = words
         config.build(preset, overrides)

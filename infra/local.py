@@ -1,11 +1,11 @@
-"""Prefect, MLflow and a Prefect worker as plain processes of this machine, on loopback, all their files in one home.
+"""Runs Prefect, MLflow and a Prefect worker as plain processes on loopback, with all their files in one home.
 
     python infra/local.py ui     both servers, until Ctrl-C
-    python infra/local.py up     both servers and a worker, in the background, and everything of prefect.yaml deployed
+    python infra/local.py up     both servers and a worker, in the background, with everything in prefect.yaml deployed
     python infra/local.py down   stop what is running
 
-DCGAN_HOME (./var), PREFECT_PORT (4200) and MLFLOW_PORT (5000) may be set; a server that runs is found where it was
-started. README.md beside this file says more.
+DCGAN_HOME (./var), PREFECT_PORT (4200) and MLFLOW_PORT (5000) may be set; a running server is found where it was
+started. README.md next to this file says more.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ HOME = Path(os.environ.get("DCGAN_HOME") or ROOT / "var").absolute()
 SERVICES = HOME / "services"
 POOL = "local"  # as in prefect.yaml
 START_SECONDS = 240  # MLflow creates its database in 10 s on a quiet machine, in a minute on a loaded one
-STOP_SECONDS = 60  # Prefect gives a flow run 30 to end in, and looks every 10 for what is to be cancelled
+STOP_SECONDS = 60  # Prefect gives a flow run 30 to end, and checks every 10 for runs to cancel
 
 
 def _born(pid: int) -> str | None:
@@ -43,14 +43,14 @@ def _born(pid: int) -> str | None:
 
 
 def _recorded(name: str) -> tuple[int, str] | None:
-    """A service's pid and port (empty if it has none), if it runs: it, not another that has got its number since."""
+    """A service's pid and port (empty if it has none), if it runs, and its pid was not reused by another process."""
     file = SERVICES / f"{name}.pid"
     pid, born, port = [*(file.read_text().split() if file.is_file() else []), "", "", ""][:3]
     return (int(pid), port) if pid and _born(int(pid)) == born else None
 
 
 def _address(name: str, port: str) -> str:
-    """Where a server runs, or else is to be started."""
+    """Where a server runs, or else should be started."""
     recorded = _recorded(name)
     running = recorded[1] if recorded else ""
     return f"http://127.0.0.1:{running or os.environ.get(f'{name.upper()}_PORT') or port}"
@@ -77,12 +77,12 @@ def fail(message: str) -> NoReturn:
 
 @dataclass(frozen=True)
 class Service:
-    """A process in a session of its own, with a file for its pid and one for its output."""
+    """A process in its own session, with a file for its pid and one for its output."""
 
     name: str
     command: tuple[str, ...]
     address: str = ""  # where it answers 200 when it is ready
-    words: str = ""  # or what it says in its log
+    words: str = ""  # or what its log says then
 
     @property
     def log(self) -> Path:
@@ -98,7 +98,7 @@ class Service:
         return recorded[0] if recorded else None
 
     def start(self) -> None:
-        """Start it unless it runs. Exits if another program has its port, or it runs at another than is wanted."""
+        """Start it unless it runs. Exits if another program has its port, or it runs on another port than wanted."""
         port = urlsplit(self.address).port
         if self.pid() is not None:
             wanted = os.environ.get(f"{self.name.upper()}_PORT") or str(port)
@@ -123,7 +123,7 @@ class Service:
             aside = self.pid_file.with_suffix(".new")
             aside.write_text(f"{process.pid} {_born(process.pid)} {port or ''}".rstrip())
             aside.replace(self.pid_file)
-        except OSError:  # one that is not recorded could not be stopped
+        except OSError:  # a process without a record could not be stopped
             os.killpg(process.pid, signal.SIGTERM)
             raise
 
@@ -154,7 +154,7 @@ class Service:
         while self.pid() is not None and time.monotonic() < deadline:
             time.sleep(0.1)
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(pid, signal.SIGKILL)  # whatever of the group ignored the request
+            os.killpg(pid, signal.SIGKILL)  # any of the group that ignored the request
         self.pid_file.unlink()
         return True
 
@@ -178,8 +178,8 @@ SERVERS = (
         (
             *("mlflow", "server", "--host", "127.0.0.1", "--port", str(urlsplit(MLFLOW).port), "--workers", "1"),
             *("--backend-store-uri", f"sqlite:///{HOME / 'mlflow.db'}"),
-            # Files, not through the server: the same record is then written with the server (`make up`) and without
-            # it (`make run`), whichever of them made the experiment.
+            # Clients write files themselves, not through the server: the record is then the same with the server
+            # (`make up`) and without it (`make run`), whichever of them created the experiment.
             *("--no-serve-artifacts", "--default-artifact-root", (HOME / "mlartifacts").as_uri()),
         ),
         address=f"{MLFLOW}/health",
@@ -195,7 +195,7 @@ WORKER = Service(
 
 
 def up() -> None:
-    """Start what does not run yet, deploy everything, and say how to go on."""
+    """Start what does not run yet, deploy everything, and say what to do next."""
     _start_servers()
     WORKER.start()
     WORKER.wait()  # it creates the work pool, which deploying needs
@@ -210,11 +210,11 @@ def up() -> None:
 
 
 def down() -> None:
-    """Cancel what the worker runs, lest it count as running for ever; then stop the worker and the servers."""
+    """Cancel what the worker runs, which would count as running for ever; then stop the worker and the servers."""
     if all(service.pid() for service in (WORKER, *SERVERS)):
         try:
             _cancel_flow_runs()
-        except (OSError, ValueError) as error:  # no answer, or another's
+        except (OSError, ValueError) as error:  # no answer, or another program's
             say(f"flow runs could not be cancelled: {error}")
     for service in (WORKER, *reversed(SERVERS)):
         if service.stop():
@@ -222,7 +222,7 @@ def down() -> None:
 
 
 def ui() -> None:
-    """Both servers until Ctrl-C; those that `up` has started stay."""
+    """Run both servers until Ctrl-C; those that `up` started keep running."""
     own = [server for server in SERVERS if server.pid() is None]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
@@ -270,7 +270,7 @@ def _crash_zombies() -> None:
 
 def _cancel_flow_runs() -> None:
     """Cancel every flow run of a deployment that is running, and wait until their processes have ended."""
-    deployed = {"deployment_id": {"is_null_": False}}  # one of `make run` has none, and is not the worker's
+    deployed = {"deployment_id": {"is_null_": False}}  # a flow run of `make run` has none, and is not the worker's
     running = {"flow_runs": {**deployed, "state": {"type": {"any_": ["PENDING", "RUNNING"]}}}}
     for run in _post("flow_runs/filter", running):
         _post(f"flow_runs/{run['id']}/set_state", {"state": {"type": "CANCELLING"}})

@@ -1,6 +1,6 @@
-"""Epochs of device batches. What a step sees is a pure function of (seed, step, rank, world).
+"""Training batches on a device: what a step sees is a pure function of (seed, step, rank, world).
 
-So a resumed run needs no saved generator state, and the ranks' batches together are the single process's batch.
+So a resumed run needs no saved generator state, and the ranks' batches together are a single process's batch.
 """
 
 import mmap
@@ -18,8 +18,8 @@ from dcgan.data.store import Store
 from dcgan.distributed import Place, share
 
 ORDER, NOISE = range(2)  # independent random streams of one seed
-RESIDENT_SHARE = 0.5  # of a GPU's free memory that the images may take; the nets at 128 px need the rest
-AHEAD = 4  # blocks that the reading thread prepares
+RESIDENT_SHARE = 0.5  # of a GPU's free memory, for the images; the nets at 128 px need the rest
+AHEAD = 4  # blocks that the reading thread prepares in advance
 BLOCK = 16  # steps whose rows and z go to a GPU in one copy; a step at 32 px takes less time than a copy's overhead
 
 
@@ -36,8 +36,8 @@ Parts = tuple[Tensor, ...]
 
 
 def stream(seed: int, kind: int, index: int) -> np.random.Generator:
-    """The random stream number `index` of a kind: counter-based (Philox, Salmon et al., 2011), so independent."""
-    key = np.array([(kind << 32) + seed, index], np.uint64)  # of a list with numbers from 2**63 on NumPy makes floats
+    """Random stream `index` of a kind: counter-based (Philox, Salmon et al., 2011), so independent of the others."""
+    key = np.array([(kind << 32) + seed, index], np.uint64)  # NumPy makes floats of a list with numbers from 2**63 up
     return np.random.Generator(np.random.Philox(key=key))
 
 
@@ -47,7 +47,7 @@ def permutation(count: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def noise(kind: str, shape: tuple[int, int], seed: int, step: int) -> np.ndarray:
-    """z of one step over all ranks, float32 (batch, z_dim): U(-1, 1) or N(0, 1)."""
+    """z of one step for all ranks, float32 (batch, z_dim): U(-1, 1) or N(0, 1)."""
     generator = stream(seed, NOISE, step)
     if kind == "normal":
         return generator.standard_normal(shape, np.float32)
@@ -55,10 +55,10 @@ def noise(kind: str, shape: tuple[int, int], seed: int, step: int) -> np.ndarray
 
 
 class Images:
-    """The images of some splits, one after the other, and their labels; read from the memory maps when asked for.
+    """The images of some splits, concatenated, and their labels; read from the memory maps on request.
 
-    The kernel is told which images come next, and to read nothing beside them: by itself it reads ahead, up to 8 MiB
-    around an image of 12 KiB where a disk is set up for long files, of which a random order uses nothing.
+    The kernel is told which images come next, and to read nothing else: by default it reads ahead, up to 8 MiB around
+    an image of 12 KiB where a disk is set up for long files, and a random order uses none of that.
     """
 
     def __init__(self, store: Store, splits: Sequence[str]) -> None:
@@ -72,7 +72,7 @@ class Images:
         self.shape = self.shards[0].shape[1:]  # (C, H, W)
 
     def gather(self, rows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-        """The images of rows int64 (n,), uint8 (n, C, H, W), in `out` if given."""
+        """The images in `rows`, int64 (n,): uint8 (n, C, H, W), written to `out` if given."""
         images = np.empty((len(rows), *self.shape), np.uint8) if out is None else out
         shard_of = np.searchsorted(self.starts, rows, side="right") - 1
         places = rows - self.starts[shard_of]
@@ -92,7 +92,7 @@ class Images:
             self._maps[shard].madvise(mmap.MADV_WILLNEED, page, length)
 
     def resident(self, device: torch.device) -> Tensor:
-        """All of them on a device, uint8 (count, C, H, W), copied a shard at a time."""
+        """All images on a device, uint8 (count, C, H, W), copied a shard at a time."""
         images = torch.empty(self.count, *self.shape, dtype=torch.uint8, device=device)
         for shard, start, each in zip(self.shards, self.starts, self._maps, strict=False):
             each.madvise(mmap.MADV_WILLNEED)
@@ -101,11 +101,11 @@ class Images:
 
 
 class Batches:
-    """The batches of one rank, in order, from a given step on, for ever.
+    """The batches of one rank, in order, from a given step on, without end.
 
-    An incomplete last batch of an epoch is left out. On a GPU that has room the images live there; otherwise one thread
+    An incomplete last batch of an epoch is dropped. The images live on the GPU if it has room; otherwise one thread
     gathers them from the memory maps ahead of time, into pinned memory if they go to a GPU.
-    splits: whose images these are, one after the other. model: whose z is drawn. Raises ValueError if the splits hold
+    splits: the splits to read, concatenated. model: the model whose z is drawn. Raises ValueError if the splits hold
     fewer images than one batch.
     """
 
@@ -144,7 +144,7 @@ class Batches:
         return self._streamed(step)
 
     def _resident(self, step: int) -> Stream:
-        """Images and labels live on the device; which rows, and z, are sent there a block of steps at a time."""
+        """Images and labels live on the device; row numbers and z are sent there for a block of steps at a time."""
         device = self.place.device
         images = self.images.resident(device)
         labels = torch.from_numpy(self.images.labels).to(device)
@@ -159,7 +159,7 @@ class Batches:
             yield Batch(*(part.to(device, non_blocking=True) for part in batch))
 
     def _ahead(self, read: Callable[[int], Parts], step: int, stride: int) -> Iterator[Parts]:
-        """read(step), read(step + stride), ... by one thread, before they are asked for."""
+        """read(step), read(step + stride), ..., prefetched by one thread."""
         with ThreadPoolExecutor(1, thread_name_prefix="batches") as reader:
             ahead = deque(reader.submit(read, step + i * stride) for i in range(AHEAD))
             while True:
@@ -185,5 +185,5 @@ class Batches:
 
 
 def normalise(images: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
-    """uint8 [0, 255] to float32 [-1, 1] (paper, section 4: no other preprocessing), in the wanted memory format."""
+    """uint8 [0, 255] to float32 [-1, 1] (paper, section 4: no other preprocessing), in the given memory format."""
     return images.to(torch.float32, memory_format=memory_format).div_(127.5).sub_(1)

@@ -1,4 +1,4 @@
-"""What image stores a home has: listed, verified, described, drawn."""
+"""The image stores in a home: list, verify, describe, draw."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,14 +13,14 @@ FINGERPRINT = "[0-9a-f]" * 16
 
 
 def paths(home: Path) -> list[Path]:
-    """The directories of the stores, by name."""
+    """The directories of the stores, sorted by name."""
     return sorted((home / "stores").glob(FINGERPRINT))
 
 
 def chosen(home: Path, words: Sequence[str]) -> list[Path]:
-    """The stores whose fingerprints begin with the words; all of them if there are none.
+    """The stores whose fingerprints start with the given words; all stores if there are no words.
 
-    Raises ValueError for a word that begins none or several, and FileNotFoundError if the home has no store.
+    Raises ValueError for a word that matches none or several, and FileNotFoundError if the home has no store.
     """
     there = paths(home)
     if not there:
@@ -36,9 +36,9 @@ def chosen(home: Path, words: Sequence[str]) -> list[Path]:
 
 
 def table(home: Path) -> str:
-    """A line a store: fingerprint, data set, pixels a side, images by split, gigabytes, and where it came from.
+    """For each store: fingerprint, data set, pixels per side, gigabytes, images per split, and where it came from.
 
-    Ingestions that were interrupted come after them; their command goes on with what they have.
+    Interrupted ingestions come last; repeating their command resumes them.
     """
     lines = [f"{'fingerprint':16}  {'data set':14}  {'px':>3}  {'GB':>7}  images"]
     for path in paths(home):
@@ -66,13 +66,13 @@ def _origin(store: Store) -> str:
 
 
 def verify(path: Path) -> str:
-    """Read every byte of a store again; one line that says it is sound. Raises CorruptError, naming the file."""
+    """Read every byte of a store again; returns a line that says it is sound. Raises CorruptError, naming the file."""
     store = Store.open(path.parent.parent, path.name, verify=True)
     return f"{path.name}  {store.dataset}: {len(store.manifest['files'])} files, {_bytes(path):,} bytes, sound"
 
 
 def describe(path: Path) -> str:
-    """The `profile` of a store in lines, the transform, the sources with their hashes."""
+    """The `profile` of a store as lines, then the transform and the sources with their hashes."""
     store = Store.open(path.parent.parent, path.name)
     lines = [f"{key}: {value}" for key, value in profile(store).items()]
     lines.append(f"transform: {store.manifest['transform']}")
@@ -84,7 +84,7 @@ def describe(path: Path) -> str:
 
 
 def profile(store: Store) -> dict[str, str]:
-    """Counts, class balance and pixel statistics by split, and what was left out: short texts for people to look at."""
+    """Counts, class balance and pixel statistics per split, and what was left out, as short texts to read."""
     found = {"data set": store.dataset, "size": f"{store.size} px, {store.channels} channels"}
     for split in store.splits:
         found[f"{split} images"] = f"{store.count(split):,}"
@@ -98,7 +98,7 @@ def profile(store: Store) -> dict[str, str]:
 
 
 def _balance(store: Store, split: str) -> str:
-    """The classes' counts where they can be read in a line, else their range."""
+    """Each class's count if they fit on a line, else the range of the counts."""
     counts = store.balance(split)
     if not counts:
         return "no labels"
@@ -108,7 +108,7 @@ def _balance(store: Store, split: str) -> str:
 
 
 def show(path: Path, count: int, out: Path) -> None:
-    """A PNG of `count` images of each split, evenly spread over it, split under split."""
+    """Write a PNG of up to `count` images of each split, evenly spaced, one split below the other."""
     store = Store.open(path.parent.parent, path.name)
     rows = []
     for split in store.splits:

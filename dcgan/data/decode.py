@@ -1,4 +1,4 @@
-"""From the bytes of an image file to a stored square: bounded, antialiased, JPEG at reduced scale."""
+"""Decodes an image file to a stored square: bounded in size, antialiased, JPEG at reduced scale."""
 
 import io
 import struct
@@ -17,17 +17,17 @@ JPEG, EXIF, SEGMENT = b"\xff\xd8", b"Exif\0\0", 2**16  # how a JPEG begins; its 
 
 
 class UnreadableError(ValueError):
-    """The bytes are no image that can be used; the message says why."""
+    """The bytes are not a usable image; the message says why."""
 
 
 def decode(raw: bytes, size: int, exif: bool = False) -> np.ndarray:
     """The picture in an image file, uint8 (3, size, size), RGB without transparency.
 
-    exif: turn it as its EXIF orientation says. A JPEG of twice the size or more is scaled by eighths while it is
-    decoded, down to what is still large enough: `_jpeg` says what that does to the pixels. One that has EXIF and is to
-    be turned by it is decoded whole.
-    Raises UnreadableError for another format, a damaged file, more than 8 bits a channel, or more pixels than
-    Pillow's limit (89 million): nothing is decoded then.
+    exif: apply its EXIF orientation. A JPEG of twice the size or more is scaled by eighths while it is decoded, down to
+    the smallest scale that is still large enough: `_jpeg` says what that does to the pixels. One with EXIF that is to
+    be applied is decoded at full size.
+    Raises UnreadableError for another format, a damaged file, more than 8 bits per channel, or more pixels than
+    Pillow's limit (89 million), in which case nothing is decoded.
     """
     if (
         raw.startswith(JPEG)
@@ -56,18 +56,18 @@ def _require_bounded(width: int, height: int) -> None:
 
 
 def _jpeg(raw: bytes, size: int) -> np.ndarray | None:
-    """A JPEG decoded at a reduced scale by libjpeg-turbo, or None for one that it refuses: Pillow says why, or can.
+    """A JPEG decoded at a reduced scale by libjpeg-turbo, or None if it can't be: Pillow decodes it then, or says why.
 
     Decoding fewer coefficients averages pixels over boxes. From 256 to 64 pixels that differs from Pillow's bilinear
-    filter by 1.6 of 255 levels on average, and Pillow's bilinear from its Lanczos by 2.2 (`bench_ingest.py
-    --exactness`). Not scaled, the pixels are Pillow's own, bit for bit.
+    filter by 1.6 of 255 levels on average; Pillow's bilinear differs from its Lanczos by 2.2 (`bench_ingest.py
+    --exactness`). At full scale the pixels are Pillow's own, bit for bit.
     """
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(raw)
         _require_bounded(width, height)
         if colours not in ("Gray", "YCbCr", "RGB"):
             return None
-        scaled = min(height, width) >= 2 * size  # from one half on it costs less than decoding whole
+        scaled = min(height, width) >= 2 * size  # from half scale down it costs less than full scale
         pixels = simplejpeg.decode_jpeg(raw, "RGB", min_height=scaled * size, min_width=scaled * size)
     except UnreadableError:
         raise
@@ -81,7 +81,7 @@ def _jpeg(raw: bytes, size: int) -> np.ndarray | None:
 def square(image: Image.Image, size: int) -> np.ndarray:
     """uint8 (C, size, size): the centre of the picture, as torchvision's CenterCrop and then Resize give it.
 
-    Pillow widens the filter when it shrinks, which is what antialiasing means.
+    Pillow widens the filter when it shrinks an image, which is antialiasing.
     """
     side = min(image.size)
     left, top = round((image.width - side) / 2), round((image.height - side) / 2)
@@ -93,9 +93,9 @@ def square(image: Image.Image, size: int) -> np.ndarray:
 
 
 def _reduced_square(pixels: np.ndarray, size: int, whole: tuple[int, int], scale: float) -> np.ndarray:
-    """`square` of an image of `whole` pixels that was decoded at a scale: the same stretch of it, to a fraction.
+    """`square` of an image of `whole` pixels that was decoded at a scale: the same region, to a fraction of a pixel.
 
-    Where that needs no filter, to the nearest pixel, which is half a pixel at most.
+    Where no resizing is needed, to the nearest pixel: it is off by half a pixel at most.
     """
     side = min(whole)
     left, top = ((edge - side) / 2 * scale for edge in whole)

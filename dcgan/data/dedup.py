@@ -1,17 +1,18 @@
-"""Near-duplicates among images: the denoising autoencoder of the paper (section 3.1, LSUN), and codes compared in bulk.
+"""Finds near-duplicate images by the codes of a denoising autoencoder (paper, section 3.1, LSUN), compared in bulk.
 
 As in the paper, a 3072-128-3072 ReLU autoencoder with dropout learns to restore corrupted 32x32 images, and an image's
-code is which of its 128 hidden units are above 0. There, equal codes are duplicates. What is found of copies planted
-among real pictures: tests/benchmarks/near_duplicates.py. Differences:
-- Inputs have zero mean and unit deviation an image, so that brightness and contrast leave the code as it is.
+code is which of its 128 hidden units are above 0. There, equal codes are duplicates.
+tests/benchmarks/near_duplicates.py measures how many copies planted among real pictures are found. Differences:
+- Each input image has zero mean and unit deviation, so that brightness and contrast do not change the code.
 - Hidden units are batch-normalised before the ReLU. Without it most units are on, or off, for nearly all of a set of
   aligned faces, and the code says little.
 - Codes need not be equal. ReLU units are not bistable as the logistic ones of semantic hashing are (Salakhutdinov and
   Hinton, 2009): some unit of 128 is always near 0, and a shift of a fraction of a pixel flips several. Equality finds
-  13 % of rooms and 0.3 % of faces so shifted. Close codes are found by sorting instead (Charikar, 2002): sorted by a
-  random choice of bits, they soon stand near each other. The cost is the sorts, and looking at the close pairs.
+  13 % of rooms and 0.3 % of faces shifted like that. Close codes are found by sorting instead (Charikar, 2002): sorted
+  by a random choice of bits, they soon end up near each other. The cost is that of the sorts and of looking at the
+  close pairs.
 - Close codes only nominate. Images count as duplicates if their edges agree too, at the best of nine offsets. This
-  keeps apart what 128 bits do not, such as two birds in two blue skies.
+  tells apart what 128 bits can't, such as two birds in two blue skies.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,31 +26,31 @@ from dcgan import pictures
 
 SIDE, CODE = 32, 128  # pixels and bits (paper, section 3.1)
 SAMPLE = 50_000  # images that train the autoencoder: 150 MB, twice that while they are gathered
-BATCH = 256  # images an update
-EPOCHS, UPDATES = 20, 1_000  # of training, whichever is less: longer made codes no steadier
+BATCH = 256  # images per update
+EPOCHS, UPDATES = 20, 1_000  # of training, whichever is less: more did not make the codes steadier
 RATE = 1e-3  # of Adam, falling linearly to 0
 NOISE = 0.3  # Gaussian corruption, in deviations of the image's pixels
 SHIFT = 1.0  # pixels: the corruption moves images by up to this, and the comparison allows for it
 DROPOUT = 0.2  # of hidden units; at 0.5 the codes of different images came closer to each other
-FLIPPED = 14  # bits: 92 to 95 % of CIFAR-10's images change in no more when shifted by a pixel, and 99 % of faces
-SORTS, WINDOW = 32, 16  # of 3 million independent codes, two 14 bits apart are 16 places apart in a sort of 8
-KEY = 32  # bits a sort looks at first; 3 million codes differ within the first 22
+FLIPPED = 14  # bits: shifted by a pixel, 92 to 95 % of CIFAR-10's images and 99 % of faces change in no more
+SORTS, WINDOW = 32, 16  # of 3 million independent codes, two 14 bits apart are within 16 places in 1 sort of 8
+KEY = 32  # bits that a sort looks at first; 3 million codes differ within the first 22
 EDGES = 0.2  # one minus the correlation: 95 % of shifted or re-encoded images are below 0.15, most others above 0.35
-LIGHT = 0.1  # of the range: a colour channel's mean may change so much; three times a brightening by 3 %
-ROUNDING = (1 / 255) ** 2  # what storing as uint8 adds to a squared difference: edges no stronger say nothing
+LIGHT = 0.1  # of the range: how much a colour channel's mean may differ; three times a brightening by 3 %
+ROUNDING = (1 / 255) ** 2  # what storing as uint8 adds to a squared difference: edges no stronger mean nothing
 BLOCK = 2_048  # images worked on at once: 25 MB as 32 px floats
-SHOWN = 8  # images of a group on a sheet
+SHOWN = 8  # images per group on a sheet
 
 
 def find(shards: Sequence[np.ndarray], seed: int = 0) -> list[list[int]]:
     """Groups of near-duplicates among images, by row number over all shards, ascending; the first is the one to keep.
 
-    shards: uint8 (n, C, H, H) in order, C 1 or 3, all of one C and H; memory maps are read in blocks. The groups are
-    ordered by their first row; every other image of a group was compared with the first and agrees with it.
-    Depends on the images' order and the seed, not on the shards' boundaries. Images of equal pixels are always found,
-    unless more than WINDOW different ones share a code. Memory: about 100 bytes an image, 8 a refused pair of
-    close codes, and the training sample.
-    Raises ValueError if the shards are no such images.
+    shards: uint8 (n, C, H, H) in order, C 1 or 3, all with the same C and H; memory maps are read in blocks. The groups
+    are ordered by their first row; every other image of a group was compared with the first and agrees with it.
+    The result depends on the images' order and the seed, not on shard boundaries. Images with equal pixels are always
+    found, unless more than WINDOW different ones share a code. Memory: about 100 bytes per image, 8 per rejected pair
+    of close codes, and the training sample.
+    Raises ValueError for other shards.
     """
     images = Images(shards)
     if len(images) < 2:
@@ -59,7 +60,7 @@ def find(shards: Sequence[np.ndarray], seed: int = 0) -> list[list[int]]:
 
 
 def sheet(shards: Sequence[np.ndarray], groups: Sequence[Sequence[int]], most: int) -> np.ndarray:
-    """A picture of up to `most` groups, a row each, of which the first SHOWN images: uint8 (H', W') or (H', W', 3)."""
+    """A picture of up to `most` groups, a row for the first SHOWN images of each: uint8 (H', W') or (H', W', 3)."""
     images = Images(shards)
     cells = np.full((min(most, len(groups)) * SHOWN, *images.shape), 255, np.uint8)
     for row, group in enumerate(groups[:most]):
@@ -106,7 +107,7 @@ def _small(images: np.ndarray) -> Tensor:
 
 
 def _normalised(pixels: Tensor) -> Tensor:
-    """Each image with mean 0 and deviation 1; one with less contrast than rounding makes stays below that."""
+    """Each image with mean 0 and deviation 1; with less contrast than rounding adds, the deviation stays below 1."""
     centred = pixels - pixels.mean((1, 2, 3), keepdim=True)
     return centred / (centred.square().mean((1, 2, 3), keepdim=True) + ROUNDING).sqrt()
 
@@ -136,7 +137,7 @@ def train(images: Images, seed: int) -> nn.Module:
 
 
 def _corrupt(images: Tensor) -> Tensor:
-    """Moved by a fraction of a pixel, the same for the whole batch, the edge repeated; then noise."""
+    """The images shifted by a fraction of a pixel, the same for the whole batch, edges repeated; then noise."""
     for axis, move in zip((2, 3), torch.empty(2).uniform_(-SHIFT, SHIFT).tolist(), strict=True):
         neighbours = torch.arange(SIDE).add(1 if move > 0 else -1).clamp(0, SIDE - 1)
         images = torch.lerp(images, images.index_select(axis, neighbours), abs(move))
@@ -145,7 +146,7 @@ def _corrupt(images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def encode(images: Images, encoder: nn.Module) -> np.ndarray:
-    """Codes as uint64 (N, CODE / 64). Blocks do not follow shards: a product may round by the size of its block."""
+    """Codes, uint64 (N, CODE / 64). Blocks do not follow shards: rounding may depend on the size of a block."""
     codes = [
         np.packbits(encoder(_normalised(_small(images[rows])).flatten(1)).gt(0).numpy(), axis=1).view(np.uint64)
         for rows in _blocks(np.arange(len(images)))
@@ -157,13 +158,13 @@ def encode(images: Images, encoder: nn.Module) -> np.ndarray:
 
 
 def _link(images: Images, codes: np.ndarray, seed: int) -> np.ndarray:
-    """For each image the first of those it hangs together with through near-duplicates, int64 (N,)."""
+    """For each image, the first of those it is connected to through near-duplicates, int64 (N,)."""
     first, refused = np.arange(len(codes)), np.empty(0, np.int64)
     for one, other in _close(codes, seed):
         apart = first[one] != first[other]
         one, other = one[apart], other[apart]
         pairs = np.sort(np.minimum(one, other) * len(codes) + np.maximum(one, other))
-        # Different images of close codes meet again in other sorts: those of CIFAR-10 6.6 times.
+        # Different images with close codes meet again in other sorts: 6.6 times on CIFAR-10.
         pairs = pairs[np.searchsorted(refused, pairs) == np.searchsorted(refused, pairs, "right")]
         one, other = np.divmod(pairs, len(codes))
         agree = same(images, one, other)
@@ -174,16 +175,16 @@ def _link(images: Images, codes: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _close(codes: np.ndarray, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Rows of codes at most FLIPPED bits apart, as two int64 (m,) at a time; some pairs come again, some never.
+    """Pairs of rows with codes at most FLIPPED bits apart, as two int64 (m,) at a time; some repeat, some are missed.
 
-    Takes SORTS sorts of all codes, and compares each with the WINDOW that follow it.
+    Sorts all codes SORTS times, and compares each with the WINDOW that follow it.
     """
     generator = np.random.default_rng(seed)
     for _ in range(SORTS):
         key = np.zeros(len(codes), np.uint64)
         for bit in generator.permutation(CODE)[:KEY]:
             key = key << np.uint64(1) | codes[:, bit // 64] >> np.uint64(bit % 64) & np.uint64(1)
-        order = np.lexsort((*codes.T, key))  # by the whole code in the end, so that equal ones are neighbours
+        order = np.lexsort((*codes.T, key))  # ties by the whole code, so that equal ones are neighbours
         sorted_codes = codes[order]
         for step in range(1, min(WINDOW, len(codes) - 1) + 1):
             flipped = np.bitwise_count(sorted_codes[step:] ^ sorted_codes[:-step]).sum(1)
@@ -192,7 +193,7 @@ def _close(codes: np.ndarray, seed: int) -> Iterator[tuple[np.ndarray, np.ndarra
 
 
 def _join(first: np.ndarray, one: np.ndarray, other: np.ndarray) -> None:
-    """Record in `first` that the pairs hang together (union-find; every entry points to its root again at the end)."""
+    """Record in `first` that the pairs are connected (union-find; at the end every entry points to its root again)."""
     for pair in zip(one.tolist(), other.tolist(), strict=True):
         low, high = sorted(_root(first, row) for row in pair)
         first[high] = low
@@ -229,7 +230,7 @@ def same(images: Images, one: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 
 def _alike(one: Tensor, other: Tensor) -> np.ndarray:
-    """Whether images, float32 (m, 3, SIDE, SIDE) each, have one light and edges that agree at one of nine offsets."""
+    """Whether images, float32 (m, 3, SIDE, SIDE), are similarly bright and their edges agree at one of nine offsets."""
     light = (one.mean((2, 3)) - other.mean((2, 3))).abs().amax(1) <= LIGHT
     a, b = _edges(one), _edges(other)
     reach, side = int(SHIFT), a.shape[-1] - 2 * int(SHIFT)
@@ -246,6 +247,6 @@ def _edges(images: Tensor) -> Tensor:
 
 
 def _correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Of rows around 0, (m,): 1 for two without edges, near 0 for one without and one with."""
+    """Correlation of rows around 0, (m,): 1 for two without edges, near 0 for one without and one with."""
     product, one, other = ((x * y).mean(1) + ROUNDING for x, y in ((a, b), (a, a), (b, b)))
     return product / (one * other).sqrt()

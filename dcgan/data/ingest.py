@@ -1,8 +1,8 @@
-"""From a data set's own files to an image store, once: the same input is found again without being read.
+"""Turns a data set's own files into an image store, once: unchanged input is recognised without being read.
 
-Shards are made in any order, by threads here or by Ray on all the processors there are, into a working directory that
-is named by the input. Killed at any moment, the same command goes on from the shards that are complete, and what comes
-out is the same, byte for byte, whoever made it.
+Shards are made in any order, by local threads or by Ray on all available processors, in a working directory named after
+the input. After a kill at any moment, the same command resumes from the complete shards, and the result is the same,
+byte for byte, whoever made them.
 """
 
 import json
@@ -28,14 +28,14 @@ from dcgan.data.sources.base import Opened
 log = logging.getLogger(__name__)
 
 LOG_EVERY = 5  # seconds
-MANY = 16  # shards to decode from which on another process each is worth the ten seconds that Ray takes to start
+MANY = 16  # from this many shards to decode, more processes are worth the ten seconds that Ray takes to start
 Maker = Callable[[Callable[[Job], dict[str, Any]], Sequence[Job]], Iterator[dict[str, Any]]]
 
 
 def by_threads(make: Callable[[Job], dict[str, Any]], jobs: Sequence[Job]) -> Iterator[dict[str, Any]]:
     """The results of `make`, in any order, from as many threads as there are processors; the first error stops all.
 
-    Pillow decodes without the interpreter's lock. Memory is a shard a thread.
+    Pillow decodes without the interpreter's lock. Memory: one shard per thread.
     """
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         try:
@@ -47,12 +47,12 @@ def by_threads(make: Callable[[Job], dict[str, Any]], jobs: Sequence[Job]) -> It
 def ingest(data: Data, home: Path, verify: bool = False, maker: Maker = by_threads) -> str:
     """Publish the images under `home/stores` and return the store's fingerprint.
 
-    `home/stores/index` remembers which input gave which store. Input that is unchanged, by the settings and the
-    source's own cheap signature, returns at once if its store is there with the right lengths (the right bytes, with
-    `verify`); a store that is gone or damaged is made again. Downloads go to `home/downloads`. `maker` runs the jobs
-    where MANY shards are to be decoded. Raises what `base.Source` says, ValueError for an image that can't be used (no
-    store is there then, and the shards that are complete serve the next attempt), and BusyError if another process
-    ingests the same.
+    `home/stores/index` records which input gave which store. Input that is unchanged, by the settings and the source's
+    own cheap signature, returns at once if its store is there with the right lengths (the right bytes, with `verify`);
+    a missing or damaged store is made again. Downloads go to `home/downloads`. `maker` runs the jobs if MANY or more
+    shards are to be decoded. Raises what `base.Source` says, ValueError for an image that can't be used (there is no
+    store then, and the complete shards serve the next attempt), and BusyError if another process is ingesting the same
+    input.
     """
     source = SOURCES[data.name]
     settings = data.model_dump(mode="json", exclude={"home", "source", "offline", "remote", "cache_gb"})
@@ -87,7 +87,7 @@ def _digest(value: Any) -> str:
 
 
 def _copy_known(data: Data, home: Path, key: str, index: Path) -> None:
-    """Copy the store that this input gave, here or elsewhere, from the remote, if it is there and not here."""
+    """Copy the store that this input gave, here or elsewhere, from the remote if only the remote has it."""
     from dcgan import mirror
 
     assert data.remote is not None
@@ -131,7 +131,7 @@ def _recorded(index: Path) -> str | None:
 
 @contextmanager
 def _working(home: Path, key: str) -> Iterator[Path]:
-    """The directory in which this input's shards are made: kept by a kill and by a refusal, unless there are none."""
+    """The directory in which this input's shards are made: survives a kill or an error, unless it has no shards."""
     directory = home / "stores" / f".ingest-{key}"
     directory.mkdir(parents=True, exist_ok=True)
     (index := home / "stores" / "index").mkdir(exist_ok=True)
@@ -152,10 +152,10 @@ def assemble(
     deduplicate: bool = False,
     shard_images: int | None = None,
 ) -> str:
-    """Make every shard that `directory` lacks, publish it as a store under `home`, and return its fingerprint.
+    """Make every shard that `directory` lacks, publish all as a store under `home`, and return its fingerprint.
 
-    skip: leave out images that can't be decoded. deduplicate: keep one of each group of training images that are
-    nearly the same. shard_images: by default as many as `shards.BYTES` hold.
+    skip: leave out images that can't be decoded. deduplicate: keep one of each group of training images that are nearly
+    the same. shard_images: images per shard, by default `shards.images_per_shard`.
     """
     about = opened.description
     images = shard_images or shards.images_per_shard(about.channels, about.size)
@@ -175,7 +175,7 @@ def assemble(
         removed = pruning.prune(directory, [job for job in jobs if job.split in about.training])
     splits = {name: [shards.read(job) for job in jobs if job.split == name] for name in opened.splits}
     for name, reason in [pair for records in splits.values() for record in records for pair in record["skipped"]]:
-        if not skip:  # a shard of an attempt with another policy
+        if not skip:  # a shard made by an attempt with another policy
             raise ValueError(f"{name} can't be decoded ({reason}): {shards.ADVICE}")
         log.warning("%s skipped: %s", name, reason)
     return store.finish(home, directory, about, splits, opened.sources, removed)

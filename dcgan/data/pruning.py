@@ -1,10 +1,10 @@
-"""Remove near-duplicates from the training shards of a store in the making, and show what was found.
+"""Removes near-duplicates from the training shards of an unfinished store, and shows what was found.
 
     <working directory>/duplicates/groups.json   which images are alike, and how many each shard had before
-    <working directory>/duplicates/sheet.png     some of the groups, one a row, the image that stays on the left
+    <working directory>/duplicates/sheet.png     some of the groups, one per row, the image that is kept on the left
 
-The groups are written down before the first shard changes, and each shard's record says whether it has been pruned: a
-run that is killed here goes on with the same groups.
+The groups are recorded before the first shard changes, and each shard's record says whether it has been pruned: a run
+that is killed here resumes with the same groups.
 """
 
 import itertools
@@ -27,7 +27,7 @@ SHOWN = 50  # groups on the sheet
 
 
 def prune(directory: Path, jobs: Sequence[Job]) -> int:
-    """Leave one image of each group of near-duplicates among the shards of these jobs, in order; how many went."""
+    """Keep one image of each group of near-duplicates in these jobs' shards, in order; returns the number removed."""
     found = _groups(directory / FOLDER, jobs)
     removed = np.array(sorted(row for group in found["groups"] for row in group[1:]), np.int64)
     starts = np.cumsum([0, *found["counts"]])
@@ -41,7 +41,7 @@ def prune(directory: Path, jobs: Sequence[Job]) -> int:
 
 
 def _groups(folder: Path, jobs: Sequence[Job]) -> dict[str, Any]:
-    """`groups` of rows over all shards as they were made, and `counts` of their images; found once."""
+    """`groups` of rows over all shards as first made, and `counts` of the images in each; found once."""
     file = folder / "groups.json"
     if file.exists():
         read: dict[str, Any] = json.loads(file.read_bytes())
@@ -58,7 +58,7 @@ def _groups(folder: Path, jobs: Sequence[Job]) -> dict[str, Any]:
 
 
 def _rewrite(job: Job, record: dict[str, Any], keep: np.ndarray) -> None:
-    """The shard without the images that go. Killed between its two writes, it no longer has its hash: made again."""
+    """Drop the images not kept. A kill between the two writes leaves a wrong hash, so the shard is made again."""
     if not keep.all():
         images = np.load(job.path)[keep]
         labels = list(itertools.compress(record["labels"], keep))

@@ -1,6 +1,6 @@
-"""Where the images of a split are: a list that is cheap to cut and to send to another process, in a fixed order.
+"""Where the images of a split are: a list in a fixed order that is cheap to slice and to send to another process.
 
-`part` cuts it; iterating reads the images, one at a time. Nothing here decodes: `shards.py` does.
+`part` slices it; iterating reads the images, one at a time. Nothing here decodes: `shards.py` does.
 """
 
 import hashlib
@@ -18,15 +18,15 @@ import numpy as np
 T = TypeVar("T")
 
 LARGEST = 2**28  # bytes of one image file inside an archive, unpacked: the largest of ImageNet has 15 MB
-PACKED = 256  # names in a block of a tree: more do not pack tighter, and a part of one shard unpacks a block for it
+PACKED = 256  # names per block of a tree: larger ones pack no tighter, and even a shard's part unpacks whole blocks
 PREFIX = 8  # bytes of a SHA-256 that tell whether a file has changed
 
 
 class Item(NamedTuple):
-    """One image as it lies in its source.
+    """One image as its source has it.
 
     image: the bytes of an image file, or pixels, uint8 (H, W) or (H, W, 3). label: -1 where there is none.
-    name: within the data set, the same wherever that lies. where: what a refusal calls it.
+    name: within the data set, the same wherever that is. where: what error messages call it.
     """
 
     name: str
@@ -38,8 +38,8 @@ class Item(NamedTuple):
 class Records(Protocol):
     """The images of a split, in order.
 
-    encoded: whether they are image files, which take a processor each to decode, rather than pixels.
-    exif: whether image files are turned as their EXIF orientation says.
+    encoded: whether they are image files, each of which keeps a processor busy decoding, rather than pixels.
+    exif: whether the EXIF orientation of image files is applied.
     """
 
     @property
@@ -51,10 +51,10 @@ class Records(Protocol):
     def __len__(self) -> int: ...
 
     def part(self, start: int, stop: int) -> "Records":
-        """Those from `start` up to `stop` alone."""
+        """Only those from `start` up to `stop`."""
 
     def __iter__(self) -> Iterator[Item]:
-        """Raises OSError, naming the file, if one is gone, and ValueError if one is not what it was."""
+        """Raises OSError, naming the file, if one is missing, and ValueError if one has changed."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Entry(NamedTuple):
     """An image file on disk, or one inside an archive.
 
     label: -1 where there is none. offset, length: where its bytes are in `path`; length -1 is the whole file.
-    deflated: they are a raw deflate stream, as in a zip file. sha256: what the bytes have to hash to, if not empty.
+    deflated: they are a raw deflate stream, as in a zip file. sha256: what the bytes must hash to, if not empty.
     """
 
     name: str
@@ -98,7 +98,7 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Files:
-    """Image files, each whole or a stretch of an archive."""
+    """Image files, each a whole file or a byte range of an archive."""
 
     entries: Sequence[Entry]
     exif: bool = False
@@ -153,7 +153,7 @@ class Block(NamedTuple):
 
 
 def pack(names: Iterable[str]) -> bytes:
-    """Names of files, one at least, in a few bytes each where they resemble one another."""
+    """Pack file names, at least one, into a few bytes each where they resemble one another."""
     return zlib.compress(b"\0".join(map(os.fsencode, names)))
 
 
@@ -163,10 +163,10 @@ def unpack(names: bytes) -> list[str]:
 
 @dataclass(frozen=True)
 class Tree:
-    """Whole image files below a directory, each known by its hash: a dozen bytes of memory an image.
+    """Whole image files below a directory, each identified by its hash: a dozen bytes of memory per image.
 
     numbers: the label of the images below each directory of `root`; -1 elsewhere. The images are those of `blocks`, of
-    PACKED files each but for the last, from `start` up to `stop`. Names are relative to `root`, with slashes.
+    PACKED files each except the last, from `start` up to `stop`. Names are relative to `root`, with slashes.
     """
 
     root: Path
@@ -192,7 +192,7 @@ class Tree:
         return replace(self, blocks=blocks, start=start - before, stop=stop - before)
 
     def where(self, chosen: Callable[[bytes], bool]) -> "Tree":
-        """Those of which the first bytes of the hash are chosen."""
+        """Those for which `chosen` accepts the first bytes of the hash."""
         files = (file for file in self._files() if chosen(file[1]))
         blocks = [
             Block(pack(name for name, _ in some), b"".join(sha256 for _, sha256 in some))
@@ -215,6 +215,6 @@ class Tree:
 
 
 def batched(items: Iterable[T], count: int) -> Iterator[tuple[T, ...]]:
-    """`count` items at a time, and what is left at the end; itertools has it from Python 3.12 on."""
+    """`count` items at a time, and the rest at the end; itertools has it from Python 3.12 on."""
     rest = iter(items)
     return iter(lambda: tuple(itertools.islice(rest, count)), ())

@@ -1,8 +1,8 @@
-"""One shard, made once: the images of a stretch of a split, decoded into one .npy, with a record of what is in it.
+"""Makes one shard, once: part of a split's images, decoded into one .npy, with a record of its contents.
 
-`make` is what the processes of an ingestion run, in any order and number. The shard is renamed into place first and its
-record after it, so a shard without a record, or with one that differs, was interrupted and is made again. The disk is
-waited for once, before the store is published; a shard that a power cut took back differs from its record, too.
+`make` is what the processes of an ingestion run, in any order and number. The shard is renamed into place before its
+record, so a shard without a record, or with one that differs, was interrupted and is made again. Shards are fsynced
+only before the store is published; one that is lost in a power cut differs from its record, too.
 """
 
 import json
@@ -18,7 +18,7 @@ from dcgan.data import store
 from dcgan.data.decode import UnreadableError, decode, square
 from dcgan.data.records import Item, Records
 
-BYTES = 2**26  # of a shard at most: what a process holds in memory, and one upload; 4,096 images at 64 px RGB
+BYTES = 2**26  # maximum of a shard: what a process holds in memory, and one upload; 4,096 images at 64 px RGB
 ADVICE = "set data.unreadable=skip, which goes on from here, or remove it, which begins anew"
 BLOCK = 16  # images whose statistics are computed at once: what the processor's cache holds
 
@@ -32,7 +32,7 @@ def images_per_shard(channels: int, size: int) -> int:
 class Job:
     """A shard to make: `<split>-<number>.npy` of the store in the working `directory`, its record beside that store.
 
-    records: its images; they know nothing of other shards. labels: how many classes there are.
+    records: its images, and no others. labels: how many classes there are.
     skip: leave out images that can't be decoded.
     """
 
@@ -69,7 +69,7 @@ def made(job: Job) -> bool:
 
 
 def make(job: Job) -> dict[str, Any]:
-    """Make the shard and return its record, which is also written down.
+    """Make the shard and return its record, which is also written to disk.
 
     bytes, sha256: of the file. labels: of its images, in order. sums, squares: of each channel's pixels, exact.
     skipped: [name, reason] of images left out. Raises ValueError, naming the image, if one can't be used.
@@ -120,7 +120,7 @@ def _label(job: Job, item: Item) -> int:
 def statistics(images: np.ndarray) -> dict[str, list[int]]:
     """Sum and sum of squares of the pixels of each channel of uint8 (N, C, H, W), exact.
 
-    float32 is fast and exact here, in whatever order it adds: a row of up to 128 squares is below 2^24.
+    float32 is fast and exact here, in any order of summation: up to 128 squares in a row sum to less than 2^24.
     """
     _, channels, height, width = images.shape
     ones, sums, squares = np.ones(width, np.float32), np.zeros(channels), np.zeros(channels)

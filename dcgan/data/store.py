@@ -34,7 +34,7 @@ class SourceFile:
 class Description:
     """What a store holds, before its images are known.
 
-    classes: names by label, empty where images have no label. size: pixels a side. channels: 1 or 3.
+    classes: names by label, empty where images have no label. size: pixels per side. channels: 1 or 3.
     transform: in words, how a source image became a stored one. training: the splits that a GAN is trained on.
     superclasses, superclass_of: names, and the one that each class belongs to; empty where there are none.
     """
@@ -50,7 +50,7 @@ class Description:
 
 
 class _Hashed:
-    """A file that is hashed as it is written, so that a shard is not read again for its hash."""
+    """A file that is hashed as it is written, so that a shard need not be read back for its hash."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.hash, self.bytes = file, hashlib.sha256(), 0
@@ -62,7 +62,7 @@ class _Hashed:
 
 
 def write_array(path: Path, array: np.ndarray) -> dict[str, Any]:
-    """Write an .npy file aside and rename it into place; its length and hash. `finish` puts it on the disk."""
+    """Write an .npy file aside and rename it into place; returns its length and hash. `finish` flushes it to disk."""
     aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with aside.open("wb") as file:
@@ -83,12 +83,12 @@ def finish(
     sources: Sequence[SourceFile],
     duplicates_removed: int = 0,
 ) -> str:
-    """Publish the shards in a working directory as a store and return its fingerprint; `directory` is gone then.
+    """Publish the shards in a working directory as a store and return its fingerprint; `directory` is removed.
 
     A report in it, such as `duplicates`, goes to `home`/duplicates/<fingerprint>.
 
-    splits: of each split, in the order to store, the records of its shards, as `shards.make` gives them.
-    A store of this fingerprint that is already there stays, unless it is damaged: then it is replaced.
+    splits: for each split, in the order to store, the records of its shards, as `shards.make` returns them.
+    An existing store with this fingerprint is kept, unless it is damaged: then it is replaced.
     Raises ValueError if a split is empty.
     """
     staged = directory / UNPUBLISHED
@@ -120,8 +120,8 @@ def finish(
     name = storage.fingerprint(staged)
     _remove_damaged(home, name)
     storage.publish(staged, home / "stores" / name)
-    # Until here a kill loses no shard, since the records are outside what is renamed. From here the shards would be
-    # made again: the report goes after them, so that the groups in it still apply to them then.
+    # Up to here a kill loses no shard, since the records are outside what is renamed. From here on the shards would be
+    # made again: the report is moved after them, so that its groups still apply to them.
     for report in [path for path in directory.iterdir() if path.is_dir() and path != staged]:
         shutil.rmtree(home / report.name / name, ignore_errors=True)
         (home / report.name).mkdir(exist_ok=True)
@@ -161,7 +161,7 @@ class Store:
 
     @classmethod
     def open(cls, home: Path, fingerprint: str, verify: bool = False, share: tuple[int, int] = (0, 1)) -> "Store":
-        """The store of this name in a home. share: of (i, n) every n-th file from i on is compared with its hash.
+        """The store of this name in a home. share: (i, n) compares every n-th file, from i on, with its hash.
 
         Raises FileNotFoundError if it is not there.
         """
@@ -188,7 +188,7 @@ class Store:
 
     @property
     def size(self) -> int:
-        """Pixels a side."""
+        """Pixels per side."""
         return self.manifest["size"]
 
     @property
@@ -206,7 +206,7 @@ class Store:
 
     @property
     def scored(self) -> tuple[str, ...]:
-        """The splits that features are scored on: train, validation and test, as far as there are such with labels."""
+        """The splits that features are scored on: those of train, validation and test that exist and have labels."""
         return tuple(split for split in ("train", "validation", "test") if self.classes and split in self.splits)
 
     @property
@@ -215,14 +215,14 @@ class Store:
         return np.array(self.manifest["superclass_of"], np.int64)
 
     def count(self, *splits: str) -> int:
-        """How many images the splits have together."""
+        """The number of images in the splits together."""
         return sum(self.manifest["counts"][split] for split in splits)
 
     def shards(self, *splits: str) -> list[np.memmap]:
         """Memory maps of the splits' shards in order, each uint8 (n, C, H, W).
 
-        Each holds a file open, and LSUN's 741 may be mapped twice, where most systems begin with 1,024: so the limit is
-        raised as far as the system lets a process.
+        Each keeps a file open, and LSUN's 741 may be mapped twice, while most systems start with a limit of 1,024: so
+        the limit is raised as far as the system allows a process.
         """
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         if soft != hard:
@@ -243,12 +243,12 @@ class Store:
         return np.concatenate([np.load(self.path / f"{split}-labels.npy") for split in splits])
 
     def groups(self, split: str) -> np.ndarray:
-        """int64 (N,): what a split is clustered into: superclasses where there are such (CIFAR-100), else classes."""
+        """int64 (N,): what a split is clustered into: superclasses where there are any (CIFAR-100), else classes."""
         labels = self.labels(split)
         return self.superclass_of[labels] if len(self.superclass_of) else labels
 
     def balance(self, split: str) -> dict[str, int]:
-        """Images of each class in a split; empty if they have no labels."""
+        """The number of images of each class in a split; empty if they have no labels."""
         labels = self.labels(split)
         if labels[0] < 0:
             return {}

@@ -1,8 +1,8 @@
-"""Evaluators: one module a protocol, each a function from features and labels to named scores.
+"""The evaluators: the four protocols of `evaluate.protocols`, listed here, and what only the reproduced tables use.
 
-(train_x (N, F), train_y (N,) int64, test_x, test_y, settings, validation) -> {"protocol/metric": value}. Deterministic
-given `settings.seed`. Every choice is made on `validation` (features, labels) or, where that is None, on a split of
-train. `published` holds the literature's figures.
+A protocol is (train_x (N, F), train_y (N,) int64, test_x, test_y, settings, validation) -> {"protocol/metric": value},
+deterministic given `settings.seed`. Every choice is made on `validation` (features, labels) or, where that is None, on
+a split of train. `published` holds the literature's figures.
 """
 
 from collections.abc import Callable

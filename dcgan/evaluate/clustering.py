@@ -1,4 +1,4 @@
-"""k-means on features, train and test merged: how well clusters match classes that they never saw."""
+"""k-means on features, train and test merged: how well the clusters match classes that were never seen."""
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
@@ -20,11 +20,11 @@ def score(
     """`clustering/nmi`, `clustering/nmi_geometric`, `clustering/accuracy` (0 to 1), `clustering/ari` (-0.5 to 1).
 
     Higher is better in all. x: float16 or float32 (N, F), y: int64 (N,); validation is part of what is published as
-    train, and merged, too. As many clusters as classes; of `settings.restarts` k-means++ starts the one of lowest
-    inertia is scored, which looks at no label. Distances are between features as they are, pixels in [0, 1] too: on
-    MNIST's pixels the NMI is then near the published .4997 (DAC, ICCV 2017), while standardised it is at most .435.
-    `tests/benchmarks/raw_pixel_clustering.py` measures how near.
-    Raises ValueError for input that `samples.check` refuses.
+    train, and is merged too. There are as many clusters as classes; of `settings.restarts` k-means++ starts the one of
+    lowest inertia is scored, a choice that uses no labels. Distances are between unscaled features, pixels in [0, 1]
+    too: on MNIST's pixels the NMI is then near the published .4997 (DAC, ICCV 2017), while standardised it is at most
+    .435. `tests/benchmarks/raw_pixel_clustering.py` measures how near.
+    Raises ValueError for input that `samples.check` rejects.
     """
     # Some data sets are clustered whole and have no test images.
     check(train_x, train_y, *((test_x, test_y) if len(test_y) else (train_x, train_y)), validation)
@@ -35,7 +35,7 @@ def score(
 
 
 def compare(labels: np.ndarray, clusters: np.ndarray) -> dict[str, float]:
-    """How well clusters (N,) match labels (N,), under whatever numbers; the names and ranges of `score`.
+    """How well clusters (N,) match labels (N,), whatever their numbers; names and ranges as in `score`.
 
     `nmi` divides the mutual information by the arithmetic mean of both entropies, `nmi_geometric` by the geometric
     (scikit-learn's default before 0.22, which the literature's figures may use). `accuracy` counts matches under the

@@ -1,4 +1,4 @@
-"""1-nearest-neighbour error of labelled generated images: whether what is drawn for a class looks like the class.
+"""1-nearest-neighbour error of labelled generated images: whether images drawn for a class look like it.
 
 The MNIST table of Radford et al. (2015): a nearest-neighbour classifier is fitted on generated digits, each with the
 class it was drawn for, and tested on real ones. Too little variety and wrong classes both raise the error.
@@ -17,27 +17,28 @@ from dcgan.evaluate.samples import device
 
 log = logging.getLogger(__name__)
 
-QUERIES = 1024  # real images compared at once with
-BLOCK = 1024  # so many generated ones: 4 MiB of distances, which stay in the cache
+QUERIES = 1024  # real images compared at once
+BLOCK = 1024  # generated images that they are compared with: 4 MiB of distances, which stay in the cache
 MIDDLE = 128  # of a byte: see `_centred`
 
-# Most pairs are too far apart to be compared in all pixels, as these show: the first directions of real images, of so
-# many (tests/benchmarks/bench_evaluation.py).
+# Most pairs are too far apart to be compared in all pixels, as DIRECTIONS principal directions of SAMPLE real images
+# show (tests/benchmarks/bench_evaluation.py).
 DIRECTIONS, SAMPLE = 64, 1024
-SLACK = 2**-9  # of a squared length: more than a sum of DIRECTIONS products loses, also of numbers cut to TF32
+SLACK = 2**-9  # of a squared length: more than a sum of DIRECTIONS products loses, even of numbers rounded to TF32
 SAY_EVERY = 60  # seconds: ten million digits take an hour on two cores
-FEW = 1 / 200  # share of pairs from which on comparing all of them is faster
+FEW = 1 / 200  # share of pairs above which comparing all of them is faster
 
 
 def score(
     chunks: Iterable[tuple[np.ndarray, np.ndarray]], real_x: np.ndarray, real_y: np.ndarray, sizes: Sequence[int] = ()
 ) -> dict[str, float]:
-    """`generated_1nn/error`: the share of real images (0 to 1, lower is better) whose nearest generated one is of
-    another class, and `generated_1nn/error_<n>` with the first n generated ones, for each n of `sizes`.
+    """`generated_1nn/error`, and `generated_1nn/error_<n>` with the first n generated images, for each n of `sizes`.
+
+    Each is the share of real images (0 to 1, lower is better) whose nearest generated one is of another class.
 
     chunks: (images uint8 (n, C, H, W), labels int64 (n,)), read once and one at a time: ten million images never exist
     at once. real_x: uint8 (N, C, H, W). real_y: int64 (N,). Euclidean distance between pixels; of equally near images
-    the first counts. With 50,000 real training images as chunks this is the table's row of real data.
+    the first counts. With 50,000 real training images as chunks this is the table's row for real data.
     Raises ValueError for images of other types or shapes or without labels, or if the chunks lack a class of `real_y`
     or have fewer images than the largest of `sizes`.
     """
@@ -69,17 +70,17 @@ def score(
 
 
 class _Nearest:
-    """The label of the nearest image so far of each of `queries`, uint8 (N, C, H, W).
+    """The label of the image nearest so far to each of `queries`, uint8 (N, C, H, W).
 
-    Of images q and x with parts a and b in some orthonormal directions, and lengths r and s of the rest of them,
-    |q - x|^2 is at least |a - b|^2 + (r - s)^2. Pairs for which that exceeds the distance of the nearest image so far
-    need no further look.
+    For images q and x with parts a and b in some orthonormal directions, and remainders of lengths r and s, |q - x|^2
+    is at least |a - b|^2 + (r - s)^2. Pairs for which that exceeds the distance of the nearest image so far are
+    skipped.
     """
 
     def __init__(self, queries: np.ndarray) -> None:
         self.device = device()
         self.queries = _centred(queries, self.device)
-        # Half the squared distance, less half the query's own length, which does not change the order.
+        # Half the squared distance, less half the query's own squared length, which does not change the order.
         self.distances = torch.full((len(queries),), torch.inf, device=self.device)
         self.labels = torch.full((len(queries),), -1, device=self.device)
         self.mean = self.queries.mean(0, dtype=torch.float64)
@@ -87,10 +88,10 @@ class _Nearest:
         self.directions = torch.linalg.svd(some, full_matrices=False).Vh[:DIRECTIONS].T
         self.sketches, lengths = self._sketch(self.queries)
         self.longest = lengths.max()
-        self.moved = (self.queries.double().square().sum(1) / 2 - lengths).float()  # by taking lengths from the mean
+        self.moved = (self.queries.double().square().sum(1) / 2 - lengths).float()  # since lengths are from the mean
 
     def add(self, images: np.ndarray, labels: np.ndarray) -> None:
-        """Compare with images uint8 (n, C, H, W) and labels int64 (n,), which come after all before."""
+        """Compare with the next images, uint8 (n, C, H, W), and their labels, int64 (n,)."""
         known, known_y = _centred(images, self.device), torch.from_numpy(labels).to(self.device)
         sketches, from_mean = self._sketch(known)
         slack = 2 * SLACK * torch.maximum(self.longest, from_mean.max())
@@ -117,9 +118,9 @@ class _Nearest:
 
 
 def _nearest(queries: Tensor, known: Tensor, lengths: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
-    """Of `pairs` (P, 2), positions in both, the smallest distance of each query and the first `known` that has it.
+    """For each query, the smallest distance among `pairs` (P, 2) of positions in both, and the first `known` with it.
 
-    Queries without a pair have infinity. lengths: half the squared ones of `known`.
+    Queries without a pair get infinity. lengths: half the squared lengths of `known`.
     """
     if len(pairs) > FEW * len(queries) * len(known):
         return (lengths - queries @ known.T).min(1)
@@ -134,8 +135,8 @@ def _nearest(queries: Tensor, known: Tensor, lengths: Tensor, pairs: Tensor) -> 
 def _centred(images: np.ndarray, device: str) -> Tensor:
     """float32 (n, C * H * W): whole numbers from -128 to 127.
 
-    The sum of up to 1,024 products of two such is at most 2**24, so float32 holds it exactly, in whatever order it is
-    summed: equal images are equally near wherever they stand.
+    The sum of up to 1,024 products of two such is at most 2**24, so float32 holds it exactly, in any order of
+    summation: equal images are equally near wherever they appear.
     """
     return torch.from_numpy(np.subtract(images.reshape(len(images), -1), MIDDLE, dtype=np.float32)).to(device)
 

@@ -1,7 +1,8 @@
 """Inception score, FID, KID, precision and recall of generated images, by torch-fidelity's InceptionV3.
 
 The network's weights are a local file: nothing is fetched, nothing is kept in the home directory. Any weights give
-numbers, only the original's give an Inception score, so they are calibrated first on images whose score is published.
+numbers, but only the original ones give an Inception score, so they are first calibrated on images whose score is
+published.
 """
 
 import hashlib
@@ -24,15 +25,15 @@ WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"  # torch-fidelity's own, o
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 CIFAR10_TRAIN = (50_000, 3, 32, 32)
 CIFAR10_SCORE = (11.237, 0.095)  # of those images: mean and standard deviation over the splits (torch-fidelity)
-FEWEST = 2049  # images: with as few as there are features their covariance is singular, and FID means little
-SEED = 2020  # torch-fidelity's, in which the published score was shuffled and split
+FEWEST = 2049  # images: with no more than there are features, their covariance is singular and FID means little
+SEED = 2020  # torch-fidelity's, with which the published score's images were shuffled and split
 SPLITS = 10  # Salimans et al. 2016
 KID_SUBSETS, KID_SUBSET = 100, 1000  # torch-fidelity's defaults
 NEIGHBOURS = 3  # Kynkaanniemi et al. 2019
-BATCH = 16  # images in the network at once: 0.13 s of a CPU core an image and 0.2 GB; with 64 it was 0.17 s and 0.9 GB
+BATCH = 16  # images in the network at once: 0.13 s of a CPU core per image and 0.2 GB; with 64, 0.17 s and 0.9 GB
 COMPARED = 2000  # images compared at once with all others: 0.4 GB of distances to 50,000
 
-# What PyTorch's restricted unpickler raised for 12,000 files that were cut, changed or random.
+# What PyTorch's restricted unpickler raised for 12,000 files that were truncated, changed or random.
 UNREADABLE = (
     pickle.UnpicklingError,
     RuntimeError,
@@ -59,7 +60,7 @@ class Calibration(TypedDict):
 
 
 class Features(NamedTuple):
-    """What the network says about N images. pooled: float32 (N, 2048). logits: float32 (N, 1008), without bias."""
+    """The network's outputs for N images. pooled: float32 (N, 2048). logits: float32 (N, 1008), without bias."""
 
     pooled: torch.Tensor
     logits: torch.Tensor
@@ -68,8 +69,9 @@ class Features(NamedTuple):
 def calibrate(images: np.ndarray, weights: Path, device: str | torch.device) -> Calibration:
     """Measure the Inception score of CIFAR-10's training images, uint8 (50000, 3, 32, 32), in any order.
 
-    The original's weights give 11.237 with torch-fidelity; torchvision's about 9.7. As much as 0.095 is let pass, the
-    published deviation over splits: another order of the images, hence other splits, moves the mean by less.
+    The original weights give 11.237 with torch-fidelity; torchvision's about 9.7. A difference of up to 0.095 is
+    accepted, the published deviation over splits: another order of the images, hence other splits, moves the mean by
+    less.
     Raises NotInceptionError for any other score, ValueError for other images, and what `load` raises.
     """
     _check(images, "the training images")
@@ -92,10 +94,10 @@ def score(
 ) -> dict[str, float]:
     """The scores of generated against reference images, uint8 (N, C, H, W) and (M, C, H, W), as `compare` names them.
 
-    All depend on N and M, so only scores of the same N and of the same reference images may be compared. Grey images
+    All depend on N and M, so only scores with the same N and the same reference images may be compared. Grey images
     (C = 1) are repeated to three channels. The same input gives the same scores, whatever the seed of a run.
     Raises ValueError for images that are not uint8, differ in size, are 2,048 or fewer, or for a calibration of other
-    weights; FileNotFoundError and ValueError as `load`.
+    weights; FileNotFoundError and ValueError as `load` does.
     """
     for images, name in ((generated, "generated"), (reference, "reference")):
         _check(images, name)
@@ -128,12 +130,12 @@ def load(weights: Path, device: str | torch.device) -> tuple[FeatureExtractorInc
         raise ValueError(f"{weights} is damaged or holds more than tensors. {_wanted()}") from error
     if not (isinstance(state, dict) and all(isinstance(value, torch.Tensor) for value in state.values())):
         raise ValueError(f"{weights} holds no state dict of tensors. {_wanted()}")
-    # torch-fidelity unpickles whatever it is given, so it is given a copy that we wrote.
+    # torch-fidelity unpickles whatever it is given, so it is given a copy that was written here.
     tensors = io.BytesIO()
     torch.save(state, tensors)
     tensors.seek(0)
     try:
-        with torch.random.fork_rng(devices=[]):  # it draws weights first; who scores while training must not notice
+        with torch.random.fork_rng(devices=[]):  # it draws weights first, which must not affect a run in training
             extractor = FeatureExtractorInceptionV3(
                 "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=tensors
             )
@@ -146,10 +148,10 @@ def load(weights: Path, device: str | torch.device) -> tuple[FeatureExtractorInc
 def features(images: np.ndarray, extractor: FeatureExtractorInceptionV3, device: str | torch.device) -> Features:
     """The features of uint8 images (N, C, H, W), C = 1 or 3, on the CPU. The network resizes them to 299 px itself.
 
-    An image takes 0.13 s of a CPU core: 50,000 generated and 50,000 reference images 1.8 hours on two.
+    An image takes 0.13 s of a CPU core: 50,000 generated and 50,000 reference images take 1.8 hours on two.
     """
     found = []
-    # The published figures are of full float32, which cuDNN would shorten to TF32.
+    # The published figures use full float32, which cuDNN would round to TF32.
     with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
         for first in range(0, len(images), BATCH):
             batch = torch.tensor(images[first : first + BATCH], device=device).expand(-1, 3, -1, -1)
@@ -162,10 +164,10 @@ def compare(generated: Features, reference: Features) -> dict[str, float]:
 
     `image_quality/inception_score` (1 to 1,008, higher is better) and `_std` over 10 splits: Salimans et al. 2016;
     generated alone. `image_quality/fid` (0 and up, lower is better): Heusel et al. 2017. `image_quality/kid` (near 0
-    for equal distributions, also just below; lower is better) and `_std` over 100 subsets of 1,000: Binkowski et al.
+    for equal distributions, or just below; lower is better) and `_std` over 100 subsets of 1,000: Binkowski et al.
     2018. `image_quality/precision`, the share of generated images among the reference images, and
     `image_quality/recall`, the share of reference images among the generated (0 to 1, higher is better): Kynkaanniemi
-    et al. 2019, k = 3, but on Inception's features where the paper has VGG-16's.
+    et al. 2019, k = 3, but on Inception's features rather than the paper's VGG-16's.
     """
     ours, theirs = generated.pooled, reference.pooled
     fid = fid_statistics_to_metric(fid_features_to_statistics(ours), fid_features_to_statistics(theirs), verbose=False)

@@ -1,6 +1,6 @@
-"""k-means with k-means++ starts, all starts together: they share every pass over the features.
+"""k-means with several k-means++ starts, run together so that they share every pass over the features.
 
-Arthur and Vassilvitskii (2007) with the greedy trials of scikit-learn's `KMeans`, then Lloyd's iterations, as that does
+Arthur and Vassilvitskii (2007) with the greedy trials of scikit-learn's `KMeans`, then Lloyd's iterations as it does
 them. Features may be float16 and are read a block at a time, on a CPU or CUDA.
 """
 
@@ -15,11 +15,11 @@ from dcgan.evaluate.samples import Samples
 
 ITERATIONS = 300  # scikit-learn's
 ROWS = 1024  # compared at once on a CPU: fewer would read the centres too often
-TOLERANCE = 1e-4  # of the mean variance of a feature: how far the centres may still have moved in all; scikit-learn's
+TOLERANCE = 1e-4  # of a feature's mean variance: the centres' total squared shift that is small enough; scikit-learn's
 
 
 class Clusters(NamedTuple):
-    """labels int64 (N,): each sample's cluster. inertia: the sum of squared distances to the own centre."""
+    """labels int64 (N,): each sample's cluster. inertia: the sum of squared distances to each sample's centre."""
 
     labels: np.ndarray
     inertia: float
@@ -38,7 +38,7 @@ def kmeans(x: Samples, count: int, starts: int, seed: int) -> Clusters:
 
 
 def plus_plus(x: Samples, squared: Tensor, count: int, starts: int, rng: np.random.Generator) -> Tensor:
-    """Centres (starts, count, F): each next one is the best of 2 + log(count) samples drawn by squared distance."""
+    """Centres (starts, count, F): each new one is the best of 2 + log(count) samples drawn by squared distance."""
     trials = 2 + int(np.log(count))
     centres = torch.empty(starts, count, x.width, device=x.device)
     chosen = rng.integers(len(x), size=(starts, 1))
@@ -70,7 +70,7 @@ def squared_distances(x: Samples, centres: Tensor, squared: Tensor) -> Tensor:
 
 
 def lloyd(x: Samples, centres: Tensor, squared: Tensor) -> Clusters:
-    """Lloyd's iterations from centres (starts, K, F), until nothing changes or centres hardly move; the best start."""
+    """Lloyd's iterations from centres (starts, K, F), until nothing changes or centres hardly move; the best result."""
     starts, count, _ = centres.shape
     limit = TOLERANCE * _mean_variance(x, squared)
     labels = torch.full((starts, len(x)), -1, device=x.device)
@@ -81,7 +81,7 @@ def lloyd(x: Samples, centres: Tensor, squared: Tensor) -> Clusters:
         labels[going] = nearest
         sizes = torch.stack([each.bincount(minlength=count) for each in nearest])
         _refill(x, nearest, distances, sums, sizes)
-        # Where the furthest samples were the only ones of their cluster, that is empty now, and stays where it is.
+        # A cluster that lost its only samples to `_refill` is empty now, and its centre stays where it is.
         moved = torch.where(sizes[:, :, None] > 0, sums / sizes[:, :, None], centres[going])
         shift = (moved - centres[going]).square().sum((1, 2))
         centres[going] = torch.where(same[:, None, None], centres[going], moved)
@@ -110,7 +110,7 @@ def _assign(x: Samples, centres: Tensor, squared: Tensor) -> tuple[Tensor, Tenso
 
 
 def _refill(x: Samples, nearest: Tensor, distances: Tensor, sums: Tensor, sizes: Tensor) -> None:
-    """Give each empty cluster the sample that is furthest from its centre, in place of who had it; as scikit-learn."""
+    """Give each empty cluster the sample furthest from its centre, taken from its old cluster; as scikit-learn does."""
     for start in (sizes == 0).any(1).nonzero().flatten().tolist():
         empty = (sizes[start] == 0).nonzero().flatten()
         for cluster, row in zip(empty, distances[start].topk(len(empty)).indices, strict=True):
@@ -123,7 +123,7 @@ def _refill(x: Samples, nearest: Tensor, distances: Tensor, sums: Tensor, sizes:
 
 
 def _mean_variance(x: Samples, squared: Tensor) -> Tensor:
-    """Of a feature over the samples."""
+    """The variance over the samples, averaged over features."""
     total = torch.zeros(x.width, dtype=torch.float64, device=x.device)
     for _, block in x.blocks():
         total += block.sum(0, dtype=torch.float64)

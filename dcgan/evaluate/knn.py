@@ -30,12 +30,12 @@ def score(
 ) -> dict[str, float]:
     """`knn/accuracy` on test (0 to 1, higher is better), the chosen `knn/neighbours`, and `knn/validation_accuracy`.
 
-    x: float16 or float32 (N, F), y: int64 (N,). Euclidean distance between features as they are, as in `clustering`: on
-    raw pixels that is the classical classifier (MNIST 96.9 %), where standardising would blow up the pixels of the
-    border. `settings.labels` random labels are used (0: all). The `settings.neighbours` with the highest accuracy on
-    `validation`, the smaller where two are equal, is chosen; where there is none, on a fifth of the labels, which are
-    then used with the others. Test is scored once.
-    Raises ValueError for input that `samples` refuses, or if there are fewer images to compare with than neighbours.
+    x: float16 or float32 (N, F), y: int64 (N,). Euclidean distance between unscaled features, as in `clustering`: on
+    raw pixels that is the classical classifier (MNIST 96.9 %), while standardising would blow up the border pixels.
+    `settings.labels` random labels are used (0: all). The one of `settings.neighbours` with the highest accuracy on
+    `validation`, the smaller of equal ones, is chosen; without `validation`, on a fifth of the labels, which are then
+    used with the others. Test is scored once.
+    Raises ValueError for input that `samples` rejects, or if there are fewer images to compare with than neighbours.
     """
     check(train_x, train_y, test_x, test_y, validation)
     check_classes(train_y, test_y)
@@ -95,9 +95,9 @@ def score_few_labels(
 def accuracies(
     known: Samples, known_y: np.ndarray, asked: Samples, asked_y: np.ndarray, neighbours: list[int]
 ) -> list[float]:
-    """The share of `asked` (N,) that the vote of k nearest `known` gets right, for each k of ascending `neighbours`.
+    """The share of `asked` (N,) that a vote of the k nearest `known` gets right, for each k of ascending `neighbours`.
 
-    Classes with equally many votes: the one whose nearest voter is nearest.
+    Ties between classes go to the one with the nearest voter.
     """
     classes, numbers = np.unique(known_y, return_inverse=True)
     right = np.zeros(len(neighbours), np.int64)
@@ -112,7 +112,7 @@ def _nearest(known: Samples, queries: torch.Tensor, count: int) -> torch.Tensor:
     """int64 (Q, count): positions in `known` of each query's nearest, the nearest first."""
     distances = torch.empty(len(queries), len(known), device=known.device)
     for where, block in known.blocks():
-        # Squared, less the query's own length, which does not change the order.
+        # Squared, less the query's own squared length, which does not change the order.
         distances[:, where] = torch.addmm(block.square().sum(1), queries, block.T, alpha=-2)
     return distances.topk(count, largest=False).indices
 
@@ -120,6 +120,6 @@ def _nearest(known: Samples, queries: torch.Tensor, count: int) -> torch.Tensor:
 def _vote(nearest: torch.Tensor, classes: int) -> np.ndarray:
     """(Q,): the class number with most votes among (Q, k) ordered class numbers."""
     votes = torch.zeros(len(nearest), classes).scatter_add_(1, nearest, torch.ones(nearest.shape))
-    closeness = (1 / (2.0 + torch.arange(nearest.shape[1]))).expand(nearest.shape)  # below 1: it decides ties alone
+    closeness = (1 / (2.0 + torch.arange(nearest.shape[1]))).expand(nearest.shape)  # below 1: it only breaks ties
     first = torch.zeros_like(votes).scatter_reduce_(1, nearest, closeness, "amax")
     return (votes + first).argmax(1).numpy()

@@ -1,8 +1,8 @@
-"""The minimum of many L2-SVM objectives on the same samples: generalised Newton steps by conjugate gradients.
+"""Minimises many L2-SVM objectives on the same samples by generalised Newton steps with conjugate gradients.
 
 Keerthi and DeCoste, "A modified finite Newton method for fast solution of large scale linear SVMs" (2005), for all
 classes and penalties together, so that they share every pass over the features. Memory beyond the features: a few
-(M, N + F) for M problems, and what `products` says.
+arrays (M, N + F) for M problems, and what `products` takes.
 """
 
 import numpy as np
@@ -14,9 +14,9 @@ from dcgan.evaluate.samples import NotConvergedError
 
 NEWTON_STEPS = 100  # 2 to 8 are needed on standardised features
 CG_STEPS = 250  # in one Newton step; 5 to 60 are needed
-CG_RESIDUAL = 0.1  # of the gradient's norm, where a Newton step is good enough; liblinear's value
-CONFIRMING = 0.01  # of a step whose small gain ends the search: a looser one was seen to gain a 20th of what was left
-CAUTION = 10  # times that gain is counted as still to be had
+CG_RESIDUAL = 0.1  # of the gradient's norm, at which a Newton step is good enough; liblinear's value
+CONFIRMING = 0.01  # of the step whose small gain ends the search: a looser one was seen to gain a 20th of what was left
+CAUTION = 10  # times that gain is assumed to be still possible
 SEARCH_STEPS = 20  # of a bracketed Newton search along a line, over scores alone
 
 Products = Streamed | Reduced
@@ -28,19 +28,19 @@ def minimise(
     """Weights (M, width), their scores (M, N) and objectives float64 (M,) of M independent problems.
 
     Each minimises 0.5 |w|^2 + c sum_i max(0, 1 - sign_i w.x_i)^2. signs: +1 or -1, (M, N). c: (M, 1), so that classes
-    and penalties may be mixed. start: weights and scores to begin at; both are overwritten.
+    and penalties may be mixed. start: weights and scores to start from; both are overwritten.
 
-    Done with a problem when half its squared gradient, which bounds the distance to the minimum since the objective is
-    1-strongly convex, is at most `tol` of the objective, or when a step was predicted to gain less than a tenth of that
-    and then one with tighter conjugate gradients, too. Raises NotConvergedError, naming problem and bound, if float32
-    does not get there.
+    A problem is done when half its squared gradient, which bounds the distance to the minimum since the objective is
+    1-strongly convex, is at most `tol` of the objective, or when a step, and then one with tighter conjugate gradients,
+    is predicted to gain at most a tenth of that. Raises NotConvergedError, naming problem and bound, if float32 does
+    not get there.
     """
     weights, found = start or (torch.zeros(len(signs), x.width, device=x.device), torch.zeros_like(signs))
     gain = torch.full((len(signs), 1), torch.inf, dtype=torch.float64, device=x.device)
     residual = torch.full_like(c, CG_RESIDUAL)
     for _ in range(NEWTON_STEPS):
         slack = (1 - signs * found).clamp_(min=0)
-        # In float64: 50,000 terms lose digits that decide when to stop.
+        # In float64: in float32 50,000 terms lose digits that decide when to stop.
         objective = 0.5 * _squares(weights.double()) + c.double() * _squares(slack.double())
         gradient = weights - 2 * c * x.transposed(signs * slack)
         bound, expected = 0.5 * _squares(gradient.double()) / objective, CAUTION * gain / objective
@@ -62,9 +62,9 @@ def minimise(
 
 
 def _newton_step(x: Products, gradient: Tensor, inside: Tensor, c: Tensor, enough: Tensor) -> tuple[Tensor, Tensor]:
-    """The step (M, F + 1) to the minimum if the same images stay inside the margin, and what it adds to scores.
+    """The step (M, width) to the minimum if the same images stay inside the margin, and what it adds to scores.
 
-    enough: (M, 1), the share of the gradient's norm that may be left of it at the step's end.
+    enough: (M, 1), the share of the gradient's norm that may be left at the end of the step.
     """
     step, change, residual = torch.zeros_like(gradient), torch.zeros_like(inside), -gradient
     strength = 2 * c * inside.sum(1, keepdim=True)

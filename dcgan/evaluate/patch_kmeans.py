@@ -1,7 +1,7 @@
-"""The 1-layer k-means baseline: small patches are compared with learned ones, and an SVM reads the similarities.
+"""The 1-layer k-means baseline: small patches are compared with learned ones, and an SVM classifies the similarities.
 
 Coates, Lee and Ng, "An analysis of single-layer networks in unsupervised feature learning" (AISTATS 2011), with the
-constants of the code that they published. On CIFAR-10 80.6 % with 4,800 centroids and 77.9 % with 1,600.
+constants of their published code. Published for CIFAR-10: 80.6 % with 4,800 centroids and 77.9 % with 1,600.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from dcgan.config import Evaluate
 from dcgan.evaluate.samples import check, check_classes, draw, hold_out
 from dcgan.evaluate.svm import L2SVM, score_few_labels
 
-# All of the published code.
+# All from the published code.
 SIDE = 6  # pixels of a patch
 PATCHES = 400_000
 ITERATIONS = 50
@@ -33,12 +33,12 @@ class PatchKMeans(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # sci
     """Features of images: how near the patches of each quarter of an image are to each of `centroids` patches.
 
     A 6 x 6 patch at any pixel becomes w = whitening_ ((x - mean x) / sqrt(var x + 10) - mean_). Feature k of a quarter
-    is the sum of max(0, mean z - z_k) over its patches, z_k = |w - centroids_k| (the "triangle", section 3.2.2). Of
-    H - 5 rows of patches the upper quarters have half, rounded up; columns likewise. The features of a quarter lie
-    together: upper left, upper right, lower left, lower right.
+    is the sum of max(0, mean z - z_k) over its patches, z_k = |w - centroids_k| (the "triangle", section 3.2.2). Of the
+    H - 5 rows of patches the upper quarters have half, rounded up; columns likewise. The features of each quarter are
+    contiguous: upper left, upper right, lower left, lower right.
 
-    `fit` draws 400,000 patches, as many from each image (from few images no more than they have places), decorrelates
-    them (ZCA) and runs 50 iterations of k-means from `seed`.
+    `fit` draws 400,000 patches, equally many from each image (or, from few images, only as many as they have),
+    decorrelates them (ZCA) and runs 50 iterations of k-means from `seed`.
     Learned: `mean_` (D,), `whitening_` (D, D), `centroids_` (centroids, D), all float32; D = 36 C, ordered row, column,
     channel. Images: uint8 (N, C, H, W), of any size from 6 x 6 up, which may differ between `fit` and `transform`.
     """
@@ -48,7 +48,7 @@ class PatchKMeans(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # sci
         self.seed = seed
 
     def fit(self, images: np.ndarray, y: object = None) -> "PatchKMeans":
-        """Learn from images; y is what pipelines pass and is not looked at.
+        """Learn from images; y, which pipelines pass, is ignored.
 
         Raises ValueError for what is not uint8 (N, C, H, W) or too small, or for more centroids than patches.
         """
@@ -66,7 +66,7 @@ class PatchKMeans(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # sci
         return self
 
     def transform(self, images: np.ndarray) -> np.ndarray:
-        """float32 (N, 4 centroids), at least 0. Raises ValueError for images that do not suit those of `fit`."""
+        """float32 (N, 4 centroids), at least 0. Raises ValueError for images that do not match those of `fit`."""
         check_is_fitted(self)
         views = _views(images)
         if views[0, 0, 0].size != len(self.mean_):
@@ -95,11 +95,11 @@ def score(
 
     images: uint8 (N, C, H, W), y: int64 (N,). The features are learned on all training images without labels.
     `accuracy` is that of the published classifier, in which nothing is chosen: `standardise`, then an L2-SVM with
-    C = 100 / N. The others are those of `svm.score_few_labels`, so that these features and a discriminator's stand
-    the same test: C is chosen on a fifth of train that is held out of all draws. No C was published for few labels.
-    Raises ValueError for input that `PatchKMeans` or `samples` refuses, or if a class has too few labels to draw.
+    C = 100 / N. The others are those of `svm.score_few_labels`, so that these features and a discriminator's face the
+    same test: C is chosen on a fifth of train that is held out of all draws. No C was published for few labels.
+    Raises ValueError for input that `PatchKMeans` or `samples` rejects, or if a class has too few labels to draw.
     """
-    # All that can be refused is, before the work.
+    # Reject bad input before the work.
     _views(train_images), _views(test_images)
     check(train_images.reshape(len(train_images), -1), train_y, test_images.reshape(len(test_images), -1), test_y)
     check_classes(train_y, test_y)
@@ -142,7 +142,7 @@ def whitener(patches: Tensor) -> tuple[Tensor, Tensor]:
 def cluster(patches: Tensor, count: int, rng: np.random.Generator) -> Tensor:
     """Centroids (count, D) of patches (n, D) after 50 iterations of k-means from small random ones.
 
-    A centroid that is nearest to no patch becomes a random one.
+    A centroid that is nearest to no patch becomes a random patch.
     """
     centroids = 0.1 * torch.from_numpy(rng.standard_normal((count, patches.shape[1]), np.float32))
     for _ in range(ITERATIONS):
@@ -175,8 +175,8 @@ def _normalised(patches: np.ndarray) -> Tensor:
 def _distances(patches: Tensor, centroids: Tensor) -> Tensor:
     """(n, K): squared, from each patch (n, D) to each centroid (K, D), less the patch's own squared length.
 
-    A product of matrices written as a convolution of patches that each give one pixel: on a processor that is not
-    Intel's but has AVX-512, PyTorch's convolution takes 1.2 ms where its product takes 2.7 (729 x 108 x 1,600).
+    A product of matrices written as a convolution of patches that each give one pixel: on a non-Intel processor with
+    AVX-512, PyTorch's convolution takes 1.2 ms where its product takes 2.7 (729 x 108 x 1,600).
     """
     return F.conv2d(_as_images(patches), _as_images(-2 * centroids), centroids.square().sum(1)).flatten(1)
 
@@ -213,9 +213,9 @@ def _pooled(activations: Tensor) -> Tensor:
 
 
 def _each(work: Callable[[int], None], items: range) -> None:
-    """Does independent work on as many threads as PyTorch may use, each of which computes alone.
+    """Run independent work on as many threads as PyTorch may use, each computing on its own.
 
-    Threads that share each of these short steps wait for each other more than they compute where other processes want
+    Threads that share each of these short steps wait for each other more than they compute when other processes need
     the processors too.
     """
     threads = torch.get_num_threads()
@@ -224,4 +224,4 @@ def _each(work: Callable[[int], None], items: range) -> None:
             for _ in pool.map(work, items):
                 pass  # raises what `work` raised
     finally:
-        torch.set_num_threads(threads)  # also what threads that begin later take for theirs
+        torch.set_num_threads(threads)  # also the default of threads started later

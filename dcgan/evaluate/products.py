@@ -1,7 +1,7 @@
-"""The products with the features that an L2-SVM's Newton steps are made of, in the two forms that are fast.
+"""The matrix products with the features that the SVM's Newton steps need, in the two forms that are fast.
 
 `Streamed` reads the features a block at a time; `Reduced` serves few samples of many features and never reads them
-again. Weights are float32 (M, width), of M problems side by side; values and scores are float32 (M, N).
+again. Weights are float32 (M, width), for M problems side by side; values and scores are float32 (M, N).
 """
 
 import numpy as np
@@ -10,15 +10,16 @@ from torch import Tensor
 
 from dcgan.evaluate.samples import Samples
 
-REDUCED_ROWS = 2560  # the most whose decomposition (its time grows by the cube) costs less than the passes
-# Of the preconditioner: more save passes over the features and cost by their square. On 4,000 x 7,168 features and the
-# default grid of C 1,485 passes with 256, 626 with 1,000; on 10,000 and C = 1e-4 30 and 18 with 256 and 512.
+REDUCED_ROWS = 2560  # the most rows whose decomposition (its time grows with their cube) costs less than the passes
+# Of the preconditioner: more rows save passes over the features, at a cost that grows with their square. On 4,000 x
+# 7,168 features and the default grid of C, 256 rows take 1,485 passes and 1,000 take 626; on 10,000 and C = 1e-4, 256
+# and 512 rows take 30 and 18.
 SKETCH_ROWS = 512
-SHARE = 8  # the preconditioner takes at most one part in so many of the features' own memory
+SHARE = 8  # the preconditioner takes at most 1 / SHARE of the features' own memory
 SMALL = 2**25  # bytes that it may take in any case
-MEASURED = 8  # samples a direction by which its curvature is measured
-COLUMNS = 1024  # features of a part where all rows are needed at once
-# Below this share of the largest, an eigenvalue of products in float32 is their rounding.
+MEASURED = 8  # samples per direction on which its curvature is measured
+COLUMNS = 1024  # features per part where all rows are needed at once
+# Below this share of the largest, an eigenvalue of products in float32 is only rounding error.
 NOISE = 1e-7
 
 
@@ -46,7 +47,7 @@ class Streamed:
         return curvature(self.x, weights, inside)
 
     def precondition(self, vectors: Tensor, strength: Tensor) -> Tensor:
-        """Vectors times about the inverse of I + strength (M, 1) times the samples' mean curvature."""
+        """Vectors times an approximate inverse of I + strength (M, 1) times the samples' mean curvature."""
         curvature = strength * self.spectrum
         # Never quite 1: the basis is orthonormal to float32 only, and the inverse must stay positive.
         share = (curvature / (1 + curvature)).clamp_(max=1 - 1e-5)
@@ -60,8 +61,8 @@ class Streamed:
 class Reduced:
     """Products in the span of the samples (N, F), in which the minimum lies: width is at most N.
 
-    With the samples' inner products V S V', their constant feature included, the rows of V sqrt(S) have the same ones.
-    So the same objective is minimised over them; and the curvature of all samples is diagonal there.
+    If the samples' inner products are V S V', constant feature included, the rows of V sqrt(S) have the same ones. So
+    the same objective is minimised over them, and the curvature of all samples is diagonal there.
     """
 
     def __init__(self, x: Samples) -> None:
@@ -103,7 +104,7 @@ def scores(x: Samples, weights: Tensor) -> Tensor:
 
 
 def curvature(x: Samples, weights: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores (M, N) of weights (M, F + 1), times `inside` times the samples with their constant feature, and scores."""
+    """`inside` * scores times the samples with their constant feature, (M, F + 1), and the weights' scores (M, N)."""
     total, found = torch.zeros_like(weights), torch.empty_like(inside)
     for where, block in x.blocks():
         found[:, where] = _score(weights, block)
@@ -132,11 +133,11 @@ def _sketch(x: Samples) -> tuple[Tensor, Tensor]:
     """
     limit = max(x.features.nbytes // SHARE, SMALL) // (4 * x.width)
     size = max(1, min(SKETCH_ROWS, len(x) // 4, limit))
-    order = np.random.default_rng(0).permutation(len(x))  # decides the speed, not the minimum
+    order = np.random.default_rng(0).permutation(len(x))  # affects the speed, not the minimum
     basis = torch.ones(size, x.width + 1, device=x.device)
     for where, block in x.take(np.sort(order[:size])).blocks():
         basis[where, :-1] = block
-    # Also of others than these: along a direction that m samples span, their own curvature is too large.
+    # Other samples are used too: along a direction that m samples span, their own curvature is too large.
     seen = x.take(np.sort(order[: MEASURED * size]))
     basis = _orthonormal(basis)
     turned = torch.zeros_like(basis)
@@ -154,7 +155,7 @@ def _sketch(x: Samples) -> tuple[Tensor, Tensor]:
 
 
 def _orthonormal(basis: Tensor) -> Tensor:
-    """An orthonormal basis of the same span, in the same memory, without directions that are rounding."""
+    """An orthonormal basis of the same span, in the same memory, without directions that are rounding error."""
     products = torch.zeros(len(basis), len(basis), dtype=torch.float64, device=basis.device)
     for part in basis.split(COLUMNS, 1):
         products += part @ part.T
@@ -164,7 +165,7 @@ def _orthonormal(basis: Tensor) -> Tensor:
 
 
 def _turn(basis: Tensor, vectors: Tensor) -> Tensor:
-    """`vectors` (m, k) transposed times the basis (m, F + 1), in its own memory."""
+    """`vectors` (m, k) transposed times the basis (m, F + 1), in the basis's memory."""
     for part in basis.split(COLUMNS, 1):
         part[: vectors.shape[1]] = (vectors.T @ part.double()).float()
     return basis[: vectors.shape[1]]

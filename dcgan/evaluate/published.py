@@ -1,7 +1,7 @@
-"""The literature's figures under the names of our metrics. Accuracies are shares, 0 to 1; errors are turned into them.
+"""The literature's figures under this project's metric names: accuracies as shares, 0 to 1, errors turned into them.
 
-A figure is of its own protocol and its own network, which `source` names: CIFAR-10's 82.8 % is of a discriminator
-trained on ImageNet, and which layer, crop and restarts the clustering rows used was never published.
+Each figure has its own protocol and network, which `source` names: CIFAR-10's 82.8 % is of a discriminator trained on
+ImageNet, and which layer, crop and restarts the clustering rows used was never published.
 """
 
 from dataclasses import dataclass

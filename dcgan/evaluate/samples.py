@@ -1,4 +1,4 @@
-"""What the protocols share: checked input, features standardised a block at a time, stratified choices of rows."""
+"""What the protocols share: input checks, features standardised a block at a time, stratified selection of rows."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,23 +11,23 @@ from torch import Tensor
 
 from dcgan.config import Evaluate
 
-# Of float32 features. On a CPU still in the cache when a second product reads the block again; a GPU is kept busy.
+# Of float32 features: on a CPU a block is still cached when a second product reads it; a GPU is kept busy.
 BLOCK_BYTES = {"cpu": 2**21, "cuda": 2**28}
 
 Labelled = tuple[np.ndarray, np.ndarray]  # features (N, F) and labels (N,)
 
 
 class NotConvergedError(RuntimeError):
-    """A classifier has not come as near to its minimum as it has to; the message says what helps."""
+    """A classifier has not come close enough to its minimum; the message says what helps."""
 
 
 @dataclass(frozen=True)
 class Samples:
     """Chosen rows of a feature array, read as (features - mean) * inverse_scale.
 
-    That form exists for one block of rows at a time, so 50,000 x 28,672 features are held once and never copied.
+    Only one block of rows at a time exists in that form, so 50,000 x 28,672 features are held once and never copied.
     features: float16 or float32 (N, F) on the device that computes. rows: int64 (n,), indices into it, or a slice.
-    mean, inverse_scale: float32 (F,), there too.
+    mean, inverse_scale: float32 (F,), on the same device.
     """
 
     features: Tensor
@@ -37,7 +37,7 @@ class Samples:
 
     @classmethod
     def of(cls, features: np.ndarray, device: str = "cpu") -> "Samples":
-        """All rows of (N, F), as they are; on another device than the CPU they are copied to it."""
+        """All rows of (N, F), unscaled; copied to the device if that is not the CPU."""
         tensor = torch.from_numpy(features).to(device)
         width = tensor.shape[1]
         return cls(tensor, slice(0, len(tensor)), torch.zeros(width, device=device), torch.ones(width, device=device))
@@ -112,7 +112,7 @@ _device: ContextVar[str] = ContextVar("device", default="auto")
 
 @contextmanager
 def computing_on(wanted: str) -> Iterator[None]:
-    """Have protocols compute in the body where an experiment's `compute.device` says: auto, cpu or cuda."""
+    """Within the body, protocols compute on an experiment's `compute.device`: auto, cpu or cuda."""
     before = _device.set(wanted)
     try:
         yield
@@ -121,7 +121,7 @@ def computing_on(wanted: str) -> Iterator[None]:
 
 
 def device(wanted: str = "auto") -> str:
-    """`wanted`, or for "auto" what `computing_on` says, or for "auto" there, too, cuda where there is one, else cpu."""
+    """`wanted`; if "auto", what `computing_on` says; if that is "auto" too, cuda where there is one, else cpu."""
     for one in (wanted, _device.get()):
         if one != "auto":
             return one
@@ -137,7 +137,7 @@ def check(
 ) -> None:
     """Raises ValueError, naming the split, for arrays that no protocol can score.
 
-    Refused: an empty split, features that are not (N, F) with one F, labels that are not (N,), a NaN or an infinity,
+    Rejected: an empty split, features that are not (N, F) with one F, labels that are not (N,), a NaN or an infinity,
     images without a label (-1), a single class in train.
     """
     splits = {"train": (train_x, train_y), "test": (test_x, test_y)} | (
@@ -198,7 +198,7 @@ def check_labels(labels: dict[str, np.ndarray], settings: Evaluate) -> None:
 
 
 def check_neighbours(settings: Evaluate, count: int, validation: bool) -> None:
-    """Raises ValueError if there are not so many as `count` images to choose the number of neighbours with."""
+    """Raises ValueError if the largest of `settings.neighbours` exceeds the `count` of images to compare with."""
     if (most := max(settings.neighbours)) > count:
         raise ValueError(
             f"evaluate.neighbours={most}, but train has only {count} labelled images to compare with"
@@ -207,9 +207,9 @@ def check_neighbours(settings: Evaluate, count: int, validation: bool) -> None:
 
 
 def labelled(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Sorted rows, int64, of a random subset of `count` labels (0: all) that keeps the classes' shares to one image.
+    """Sorted rows, int64, of `count` random labels (0: all) that keep the classes' shares to within one image.
 
-    Raises ValueError if there are fewer than `count` labels, or too few are asked for to have each class among them.
+    Raises ValueError if there are fewer than `count` labels, or `count` is too small to include each class.
     """
     if count == 0:
         return np.arange(len(labels))

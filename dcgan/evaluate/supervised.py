@@ -1,9 +1,9 @@
-"""The discriminator's architecture as a classifier, trained on a few labels alone: a row of the paper's SVHN table.
+"""Trains the discriminator's architecture as a classifier on a few labels only: a row of the paper's SVHN table.
 
 Section 5.2: "a purely supervised CNN with the same architecture on the same data", optimised "via random search over
-64 hyperparameter trials", has 28.87 % error on validation, where the other rows are errors on test; here both are
-measured. Neither the ranges of the search nor anything else of that training was published: Adam, the initialisation
-and the scaling of pixels are the discriminator's own; ranges, epochs and early stopping are ours.
+64 hyperparameter trials", has 28.87 % error on validation, while the other rows are errors on test; here both are
+measured. Neither the search's ranges nor anything else about that training was published: Adam, the initialisation and
+the scaling of pixels are the discriminator's own; ranges, epochs and early stopping are this project's.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ WEIGHT_DECAYS = (1e-6, 1e-2)  # log-uniform, around the original code's 1e-5
 DROPOUTS = (0.0, 0.7)  # uniform, before the output; the discriminator has none
 BATCH_SIZES = (32, 64, 128)  # up to the paper's
 EPOCHS = 100
-VALIDATE_EVERY = 5  # epochs: 10,000 images forward cost as much as three epochs of 1,000 labels
+VALIDATE_EVERY = 5  # epochs: a forward pass of 10,000 images costs as much as three epochs of 1,000 labels
 PATIENCE = 4  # validations without a lower error that end a trial
 CHUNK = 500  # images classified at once
 IMAGES = "images.npz"  # in the search's directory
@@ -43,7 +43,7 @@ Maker = Callable[[Callable[[Trial], Trial], Sequence[Trial]], Iterable[Trial | N
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """What the search varies, all but `epochs`, the most that a trial may take."""
+    """What the search varies, except `epochs`, the most that a trial may take."""
 
     learning_rate: float
     beta1: float
@@ -55,7 +55,7 @@ class Hyperparameters:
 
 @dataclass(frozen=True)
 class Trained:
-    """The lowest validation error (0 to 1), the epoch that had it and its weights; none if the loss was not finite."""
+    """The lowest validation error (0 to 1), its epoch, and the weights then; none if the loss was not finite."""
 
     validation_error: float
     epoch: int
@@ -80,9 +80,10 @@ def _log_uniform(rng: np.random.Generator, low: float, high: float) -> float:
 
 
 def classifier(model: Model, channels: int, classes: int, size: int, dropout: float = 0.0) -> Discriminator:
-    """images (N, channels, size, size) in [-1, 1] -> logits (N, classes): a discriminator with an output a class.
+    """images (N, channels, size, size) in [-1, 1] -> logits (N, classes): a discriminator with one output per class.
 
-    Spectral normalisation, a remedy for the game, is left out. Raises ValueError for a conditional model or one class.
+    Spectral normalisation, a remedy for the adversarial game, is left out. Raises ValueError for a conditional model or
+    one class.
     """
     if model.conditional:
         raise ValueError("model.conditional=true would be told the class that a classifier has to find")
@@ -99,13 +100,13 @@ def train_classifier(
 ) -> Trained:
     """Train a `classifier` from scratch by Adam on the cross-entropy, and keep the weights that validate best.
 
-    Images are uint8 (N, C, H, W), labels int64 (N,) from 0 to K-1. It ends after `settings.epochs`, after PATIENCE
-    validations without a lower error, or when the loss is not finite, which counts as the error 1. The result follows
-    from `seed`: on a CPU bit for bit, given the number of threads. Raises ValueError as `score` does.
+    Images are uint8 (N, C, H, W), labels int64 (N,) from 0 to K-1. Training ends after `settings.epochs`, after
+    PATIENCE validations without a lower error, or when the loss is not finite, which counts as an error of 1. The
+    result follows from `seed`: on a CPU bit for bit, given the number of threads. Raises ValueError as `score` does.
     """
     _check(train, validation=validation)
     images, labels = (torch.tensor(array, device=device) for array in train)
-    with torch.random.fork_rng(devices=[device] if device == "cuda" else []):  # of the dropout
+    with torch.random.fork_rng(devices=[device] if device == "cuda" else []):  # for the dropout
         torch.manual_seed(seed)
         net = _classifier_for(train, model, settings.dropout)
         initialise(net, torch.Generator().manual_seed(seed))
@@ -127,7 +128,7 @@ def train_classifier(
 def _epochs(
     net: nn.Module, images: Tensor, labels: Tensor, settings: Hyperparameters, seed: int
 ) -> Iterator[tuple[int, float]]:
-    """Train `net` epoch by epoch: its number from 1 on, and its mean loss."""
+    """Train `net` epoch by epoch; yields the epoch's number, from 1 on, and its mean loss."""
     optimizer = torch.optim.Adam(
         net.parameters(),
         lr=settings.learning_rate,
@@ -186,10 +187,10 @@ def score(
 ) -> dict[str, float]:
     """Random search over `trials` classifiers; errors are shares (0 to 1, lower is better) of wrong classes.
 
-    x: uint8 (N, C, H, W), y: int64 (N,). `labels_per_class` random images of each class of train are learned from; the
-    trial with the lowest error on validation, the first where two are equal, is scored on test, once. Returns
-    `supervised/validation_error`, `supervised/test_error`, `supervised/trial` and `supervised/epoch`, which were
-    chosen, `supervised/failed`, how many trials failed or diverged, and the hyperparameters of the chosen.
+    x: uint8 (N, C, H, W), y: int64 (N,). It learns from `labels_per_class` random images of each class of train; the
+    trial with the lowest error on validation, the first of equal ones, is scored on test, once. Returns
+    `supervised/validation_error`, `supervised/test_error`, the chosen `supervised/trial` and `supervised/epoch`,
+    `supervised/failed` (how many trials failed or diverged), and the chosen trial's hyperparameters.
 
     `maker` runs the trials: in this process one after the other, or as `cluster_search.search` does. Images and each
     trial's weights (4 MB at width 64 and 32 pixels) go through `directory`, which the caller may remove afterwards.
@@ -231,7 +232,7 @@ def score(
 
 
 def run_trial(directory: Path, device: str, trial: Trial) -> Trial:
-    """Train one trial of `score` on the images in `directory`; its weights stay there, its error is the result."""
+    """Train one trial of `score` on the images in `directory`; its weights stay there; returns its error and epoch."""
     with np.load(directory / IMAGES) as arrays:
         train_x, train_y, validation_x, validation_y = arrays.values()
     settings = Hyperparameters(**trial["hyperparameters"])

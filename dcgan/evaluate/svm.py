@@ -1,8 +1,8 @@
-"""L2-SVM on features: accuracy with all labels, and with few labels a class over random draws.
+"""L2-SVM on features: accuracy with all labels, and with few labels per class over random draws.
 
 The classifier of the paper (section 5): "a regularized linear L2-SVM" on the discriminator's features. For CIFAR-10 no
-grid of C and no scaling were published: here every feature is standardised, with statistics of train that take none of
-its labels, and C is chosen on images held out of train. For SVHN both are known from the code, and are the preset's.
+grid of C and no scaling were published: here every feature is standardised, with statistics of train that use no
+labels, and C is chosen on images held out of train. For SVHN both are known from the code, and are set in the preset.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from dcgan.evaluate.newton import minimise
 from dcgan.evaluate.products import products, scores
 from dcgan.evaluate.samples import Labelled, Samples, check, check_classes, device, draw, hold_out, labelled
 
-TOLERANCE = 1e-3  # of the objective, as a proven bound; on digits the distance itself was at most 6e-5
+TOLERANCE = 1e-3  # of the objective, as a proven bound; on digits the actual distance was at most 6e-5
 CHOICE_DRAWS = 10  # on which C is chosen; the SVHN code's number
 
 
@@ -32,7 +32,7 @@ class L2SVM(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-lea
 
     (the bias is the weight of a constant feature 1 and regularised like the others) to within `tol` of the objective.
     Two classes have one such problem, that of the second. Computes in float32 on `device` (auto: CUDA where there is
-    one). x may be `Samples`, which are standardised on the way, or an array, which is taken as it is.
+    one). x may be `Samples`, which are scaled as they are read, or an array, which is used unscaled.
 
     Learned: `classes_` (K,), `coef_` float32 (K, F), `intercept_` float32 (K,), `objective_` float64 (K,); (1, F) and
     (1,) for two classes.
@@ -60,7 +60,7 @@ class L2SVM(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-lea
         return self
 
     def decision_function(self, x: Samples | np.ndarray) -> np.ndarray:
-        """Each class's w x + b, float32 (N, K); of two classes that of the second, (N,)."""
+        """Each class's w x + b, float32 (N, K); with two classes only that of the second, (N,)."""
         check_is_fitted(self)
         if isinstance(x, Samples):
             samples = x
@@ -90,7 +90,7 @@ def fit_all(x: Samples, y: np.ndarray, grid: Sequence[float], tol: float = TOLER
     signs = torch.from_numpy(np.where(y == positive[:, None], 1, -1).astype(np.float32)).to(x.device)
     form = products(x)
     models, start = [], None
-    for c in sorted(set(grid)):  # each begins at the one before: the larger, the harder
+    for c in sorted(set(grid)):  # each starts from the one before: the larger, the harder
         penalties = torch.full((len(positive), 1), c, device=x.device)
         weights, found, objective = minimise(form, signs, penalties, tol, start)
         start = weights, found
@@ -117,9 +117,9 @@ def score(
     """`svm/accuracy` on test (0 to 1, higher is better), `svm/c`, the C that was chosen, and `svm/validation_accuracy`.
 
     x: float16 or float32 (N, F), y: int64 (N,). `settings.labels` random labels are used, the classes in proportion
-    (0: all). The C of `settings.c_grid` with the highest accuracy on `validation`, the smaller where two are equal, is
-    chosen; where there is none a fifth of the labels is held out for that, and all are fitted with the chosen C. Test
-    is scored once. Raises ValueError for input that `samples` refuses.
+    (0: all). The C of `settings.c_grid` with the highest accuracy on `validation`, the smaller of equal ones, is
+    chosen; without `validation` a fifth of the labels is held out for that, and all are then fitted with the chosen C.
+    Test is scored once. Raises ValueError for input that `samples` rejects.
     """
     check(train_x, train_y, test_x, test_y, validation)
     check_classes(train_y, test_y)
@@ -156,10 +156,10 @@ def score_few_labels(
 
     The protocol of the paper's SVHN code. x: float16 or float32 (N, F), y: int64 (N,). `settings.labels_per_class`
     random labels of each class are drawn from train. An SVM is fitted to each of the first CHOICE_DRAWS draws for each
-    C; the C with the highest mean accuracy on `validation`, the smaller where two are equal, is chosen. SVMs of that C
-    fitted to all `settings.draws` draws are scored on test: mean, and standard deviation with divisor draws - 1, of
-    which the published interval is 1.96. Where there is no `validation`, a fifth of train is held out for it and not
-    drawn from. Raises ValueError for input that `samples` refuses, also where a class has too few labels to draw.
+    C; the C with the highest mean accuracy on `validation`, the smaller of equal ones, is chosen. SVMs with that C,
+    fitted to all `settings.draws` draws, are scored on test: mean, and standard deviation with divisor draws - 1; the
+    published interval is 1.96 of these. Without `validation`, a fifth of train is held out for it and not drawn from.
+    Raises ValueError for input that `samples` rejects, also where a class has too few labels to draw.
     """
     check(train_x, train_y, test_x, test_y, validation)
     check_classes(train_y, test_y)
@@ -185,12 +185,12 @@ def score_few_labels(
 
 
 def _scaled(features: np.ndarray, settings: Evaluate) -> Samples:
-    """Standardised with statistics of all of train, which take none of its labels, or as they are."""
+    """Standardised with statistics of all of train, which use no labels, or unscaled."""
     return (Samples.standardised if settings.standardise else Samples.of)(features, device())
 
 
 def _accuracies(models: Sequence[L2SVM], x: Samples, y: np.ndarray) -> np.ndarray:
-    """(len(models),): each model's share of right predictions, in one pass over the features."""
+    """(len(models),): each model's share of correct predictions, in one pass over the features."""
     found = scores(x, torch.cat([model._weights() for model in models]).to(x.device)).cpu().numpy()
     return np.array(
         [

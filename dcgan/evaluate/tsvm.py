@@ -2,10 +2,9 @@
 
 The baseline of the paper's SVHN table: 66.55 % error with 1,000 labels on pixels, a figure of Kingma et al. (NeurIPS
 2014). This is not their program: TSVMs of that time switched hard labels (Joachims, "Transductive inference for text
-classification", 1999) and had kernels, so the figures may be set side by side but need not agree. Here: the smooth loss
-of Chapelle and Zien ("Semi-supervised classification by low density separation", 2005), minimised by L-BFGS as in
-Gieseke et al. ("Sparse quasi-Newton optimization for semi-supervised support vector machines", 2012), all classes at
-once.
+classification", 1999) and had kernels, so the figures may be compared but need not agree. Here: the smooth loss of
+Chapelle and Zien ("Semi-supervised classification by low density separation", 2005), minimised by L-BFGS as in Gieseke
+et al. ("Sparse quasi-Newton optimization for semi-supervised support vector machines", 2012), all classes at once.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,31 +24,31 @@ from dcgan.evaluate.svm import L2SVM
 UNLABELLED = -1  # scikit-learn's label of a row that has none
 SHARPNESS = 3.0  # of the loss exp(-3 f^2), near max(0, 1 - |f|)^2; Chapelle and Zien's
 ANNEALED = (0.0, 1e-6, 1e-4, 0.01, 0.1, 0.5, 1.0)  # weights of the unlabelled, in turn: Gieseke et al.'s program's
-TRIED = (0.01, 0.1, 0.5, 1.0)  # of those, the ones that `score` chooses among: below, the unlabelled change nothing
+TRIED = (0.01, 0.1, 0.5, 1.0)  # of those, the ones that `score` chooses among: with less, the unlabelled change nothing
 TOLERANCE = 1e-6  # of the objective, in one step of L-BFGS
-RESOLVED = 1e-12  # of an objective near 1: what a line search in float64 sees for certain
+RESOLVED = 1e-12  # of an objective near 1: what a line search in float64 can resolve for certain
 ITERATIONS = 2000  # of L-BFGS in one stage; 5 to 250 are needed on standardised pixels
-# Of the change of variables that makes the problem round. On 800 images of SVHN (160 labelled) and C = 0.1: 581
-# evaluations and 2,647 without it.
+# Of the change of variables that makes the problem well-conditioned. On 800 images of SVHN (160 labelled) and C = 0.1:
+# 581 evaluations with it and 2,647 without.
 SKETCH_ROWS = 1024
-NOISE = 1e-10  # of the largest eigenvalue; below it an eigenvector is rounding
+NOISE = 1e-10  # of the largest eigenvalue; below it an eigenvector is rounding error
 
 
 class TSVM(L2SVM):
-    """One-vs-rest linear transductive SVM (S3VM); `predict` and `decision_function` serve new images, too.
+    """One-vs-rest linear transductive SVM (S3VM); `predict` and `decision_function` also serve new images.
 
     For each class, with y = +1 for its samples and -1 for the others among l labelled ones, looks for a minimum of
 
         0.5 * |w|^2 + C * (sum_labelled max(0, 1 - y_i f(x_i))^2 + unlabelled * l * mean_unlabelled exp(-3 f(x_j)^2))
 
     over f(x) = w x + b whose mean over the unlabelled samples is the mean of y over the labelled ones, the class's
-    share in [-1, 1]: without this balance all unlabelled may fall on one side. At `unlabelled` = 1 all unlabelled
-    samples together weigh as much as all labelled ones. Not convex: `unlabelled` grows from 0 through ANNEALED, each
-    stage begins at the one before, and each ends where a step of L-BFGS gains less than `tol` of the objective. Where
-    nothing is unlabelled the balance is that of the labelled samples. Two classes have one such problem, that of the
-    second. Computes in float64, which line searches near a minimum need, on `device` (auto: CUDA where there is one)
-    and in blocks of rows: memory beyond x is about 25 KiB a feature. x may be `Samples`, which are standardised on the
-    way, or an array, which is taken as it is.
+    share in [-1, 1]: without this balance all unlabelled samples may end up on one side. At `unlabelled` = 1 all
+    unlabelled samples together weigh as much as all labelled ones. Not convex: `unlabelled` grows from 0 through
+    ANNEALED, each stage starts from the one before, and each ends where a step of L-BFGS gains less than `tol` of the
+    objective. Where nothing is unlabelled the balance is over the labelled samples. Two classes have one such problem,
+    that of the second. Computes in float64, which line searches near a minimum need, on `device` (auto: CUDA where
+    there is one) and in blocks of rows: memory beyond x is about 25 KiB per feature. x may be `Samples`, which are
+    scaled as they are read, or an array, which is used unscaled.
 
     Learned: `classes_` (K,), `coef_` float32 (K, F), `intercept_` float32 (K,), `objective_` float64 (K,); (1, F) and
     (1,) for two classes.
@@ -81,7 +80,7 @@ class TSVM(L2SVM):
 
 
 def anneal(x: Samples, y: np.ndarray, c: float, unlabelled: float, tol: float = TOLERANCE) -> Iterator[TSVM]:
-    """The fitted TSVM of each stage: of the weights in ANNEALED below `unlabelled`, then of that.
+    """The fitted TSVM of each stage: for the weights in ANNEALED below `unlabelled`, then for `unlabelled`.
 
     Each equals what `fit` finds for its weight, so all of them cost no more than the last. Raises as `TSVM.fit` does.
     """
@@ -117,7 +116,7 @@ class _Problem:
     def __init__(self, known: Samples, other: Samples, signs: Tensor, decay: float) -> None:
         self.known, self.other, self.signs, self.decay = known, other, signs, decay
         self.share = signs.mean(1, keepdim=True)
-        rows = np.random.default_rng(0).permutation(len(known))[:SKETCH_ROWS]  # decides the speed, not the minimum
+        rows = np.random.default_rng(0).permutation(len(known))[:SKETCH_ROWS]  # affects the speed, not the minimum
         sketch = torch.cat([block.double() for _, block in known.take(rows).blocks()])
         spectrum, vectors = torch.linalg.eigh(sketch @ sketch.T)
         kept = spectrum > NOISE * spectrum[-1]
@@ -125,7 +124,7 @@ class _Problem:
         self.curvature = spectrum[kept] / len(rows)
 
     def minimise(self, begin: Tensor, unlabelled: float, tol: float) -> tuple[Tensor, np.ndarray]:
-        """The weights float64 (K, F) of a minimum near these, and each class's objective there."""
+        """The weights float64 (K, F) of a minimum near `begin`, and each class's objective there."""
         # As if all known were inside the margin, and the others curved like them.
         shrink = (1 + 2 * (1 + unlabelled) * self.curvature / self.decay).rsqrt() - 1
 
@@ -139,7 +138,7 @@ class _Problem:
             values, gradient = self.at(reached(flat), unlabelled)
             return float(values.sum()), turned(gradient).cpu().numpy().ravel()
 
-        # These variables curve by the decay or more, so a step gains at most |gradient|^2 / (2 decay).
+        # The curvature in these variables is the decay or more, so a step gains at most |gradient|^2 / (2 decay).
         bounds = {"ftol": tol, "gtol": (2 * self.decay * RESOLVED / begin.numel()) ** 0.5}
         options = bounds | {"maxiter": ITERATIONS, "maxfun": 2 * ITERATIONS}
         found = minimize(objective, np.zeros(begin.numel()), method="L-BFGS-B", jac=True, options=options)
@@ -169,7 +168,7 @@ class _Problem:
 
 
 def _mean(x: Samples) -> Tensor:
-    """(F,), of all samples."""
+    """The mean of all samples, (F,)."""
     total = torch.zeros(x.width, dtype=torch.float64, device=x.device)
     for _, block in x.blocks():
         total += block.sum(0, dtype=torch.float64)
@@ -194,11 +193,11 @@ def score(
     labels of each class are drawn from train, the other images of train are unlabelled, and each feature is
     standardised over train. Test images are not among the unlabelled: Kingma et al. split the training images into
     labelled and unlabelled, and so the accuracy is of new images, like every other protocol's (in Joachims's
-    transduction, 1999, the unlabelled images are those of test). For the first draw C of `c_grid` and the weight in
-    TRIED with the highest accuracy on `validation`, the smaller where two are equal, are chosen and serve all draws.
-    Where there is no `validation`, a fifth of train is held out for it: neither drawn from nor unlabelled. Test is
-    scored once a draw: mean, and standard deviation with divisor draws - 1.
-    Raises ValueError for input that `samples` refuses, for fewer than two draws and for a `c_grid` that is empty or
+    transduction, 1999, the unlabelled images are those of test). On the first draw the C of `c_grid` and the weight in
+    TRIED with the highest accuracy on `validation`, the smaller of equal ones, are chosen for all draws. Without
+    `validation`, a fifth of train is held out for it: neither drawn from nor unlabelled. Test is scored once per draw:
+    mean, and standard deviation with divisor draws - 1.
+    Raises ValueError for input that `samples` rejects, for fewer than two draws and for a `c_grid` that is empty or
     holds what is not positive.
     """
     check(train_x, train_y, test_x, test_y, validation)

@@ -1,7 +1,7 @@
-"""The literature's tables, measured: one module a table, each a tuple of rows.
+"""The literature's tables, measured: one module per table, each a `TABLE` of rows.
 
-`rows` says what a row is, `measure` measures it, `record` keeps what was measured and `page` shows it beside what was
-published.
+`rows` says what tables and rows are, `measure` measures a row, `record` keeps what was measured and `page` shows it
+beside what was published.
 """
 
 from dcgan.reproduce import cifar10, clustering, image_quality, mnist, svhn

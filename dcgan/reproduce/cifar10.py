@@ -1,4 +1,4 @@
-"""CIFAR-10 classification: table 1 of Radford et al. (2015), with all labels and with 400 a class."""
+"""CIFAR-10 classification: table 1 of Radford et al. (2015), with all labels and with 400 per class."""
 
 from functools import partial
 
@@ -75,6 +75,6 @@ TABLE = Table(
         ),
         Row("dcgan_cifar10", "DCGAN (CIFAR-10 itself) + L2-SVM", {}, "", _of_itself),
     ),
-    "Features of the discriminator are all convolution layers, pooled to 4x4 and standardised; C is chosen on images "
-    "held out of train, but for k-means with all labels, whose C is the published 100 / N.",
+    "The discriminator's features come from all convolution layers, pooled to 4x4 and standardised; C is chosen on "
+    "images held out of train, except for k-means with all labels, whose C is the published 100 / N.",
 )

@@ -60,9 +60,9 @@ TABLE = Table(
         Column("accuracy", "accuracy"),
     ),
     tuple(row for preset, name in DATA.items() for row in _rows(preset, name)),
-    "Train and test merged; as many clusters as classes; the start of lowest inertia is scored. Features are all "
-    "convolution layers, pooled to 4x4, as they are. Of which layers, mean of entropies and number of starts the "
-    "published figures are is not known; their NMI stands under the arithmetic mean. STL-10, ImageNet-10 and "
-    "ImageNet-Dog-15 are published at 96 px, and have 64 here; Tiny-ImageNet with the 100,000 images of train, and has "
-    "the 10,000 of val as well.",
+    "Train and test merged; as many clusters as classes; the start of lowest inertia is scored. Features come from "
+    "all convolution layers, pooled to 4x4 and unscaled. It is not known which layers, which mean of the entropies, or "
+    "how many starts the published figures used; their NMI is listed under the arithmetic mean. STL-10, ImageNet-10 "
+    "and ImageNet-Dog-15 were published at 96 px and are 64 px here; Tiny-ImageNet was published on the 100,000 "
+    "training images, and here also includes the 10,000 of val.",
 )

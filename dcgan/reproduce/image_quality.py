@@ -12,7 +12,7 @@ from dcgan.evaluate import image_quality
 from dcgan.evaluate.samples import device
 from dcgan.reproduce.rows import Column, Figure, Measured, Row, Setting, Table, checkpoint_rule, scale
 
-COUNT = 50_000  # images drawn: that of the published Inception scores
+COUNT = 50_000  # images drawn, as for the published Inception scores
 WANG = "Wang and Liu, 2016; the class label is an input"
 SGAN = "Huang et al., Stacked GAN, CVPR 2017"
 SPREAD = {"inception_score": "10 splits", "kid": "100 subsets"}
@@ -28,7 +28,7 @@ def _measure(conditional: bool, setting: Setting) -> Measured:
     weights = Path(experiment.evaluate.inception)
     store, _ = setting.images("cifar10")
     reference = np.asarray(store.images("train"))
-    calibration = _calibration(setting, reference, weights)  # refused before hours of training
+    calibration = _calibration(setting, reference, weights)  # fails before hours of training
     run = setting.trained("cifar10", words)
     generator = checkpoint.load_generator(checkpoint.chosen(run))
     chunks = sampling.sampled(
@@ -53,7 +53,7 @@ def _measure(conditional: bool, setting: Setting) -> Measured:
 
 
 def _calibration(setting: Setting, images: np.ndarray, weights: Path) -> image_quality.Calibration:
-    """Once for these weights and all rows; what they give is kept."""
+    """The weights' calibration, measured once for all rows and kept."""
     file = setting.directory.parent.parent / "calibration.json"
     if file.is_file():
         known: image_quality.Calibration = json.loads(file.read_text())
@@ -89,6 +89,6 @@ TABLE = Table(
             partial(_measure, True),
         ),
     ),
-    "By torch-fidelity from a local file of the original's weights, `evaluate.inception=FILE`. They have to give "
-    "CIFAR-10's own training images their published Inception score, 11.237 +- .095, before a number stands here.",
+    "Computed by torch-fidelity with a local file of the original weights, `evaluate.inception=FILE`. They must give "
+    "CIFAR-10's own training images their published Inception score, 11.237 +- .095, before a number is shown here.",
 )

@@ -1,9 +1,9 @@
-"""Measure rows of a table: each once for each seed, kept on disk, delivered to MLflow, shown beside what was published.
+"""Measures rows of a table: each once per seed, kept on disk, sent to MLflow, shown beside what was published.
 
-A row that can't be measured (no data, no weights) says why and stops no other. What was measured is kept under
-`<home>/reproduced/<table>/<row>/`, so the same command goes on where it stopped. To measure anew, delete the file
-there and, of a row that trains, its run or the scores in it. What was measured by other code, a run that was there
-already or its scores, has the commit of that code in the record, too.
+A row that can't be measured (no data, no weights) says why and does not stop the others. What was measured is kept
+under `<home>/reproduced/<table>/<row>/`, so the same command resumes where it stopped. To measure again, delete the
+file there and, for a row that trains, its run or the scores in it. If a run that was there already, or its scores, came
+from other code, the record has that code's commit too.
 """
 
 import dataclasses
@@ -52,9 +52,9 @@ def reproduce(
     results: Path | None = None,
     say: Callable[[str], object] = log.info,
 ) -> Path:
-    """Measure rows of a table with seeds 0 to `seeds` - 1 and write them into `results` (None: the home); the page.
+    """Measure rows of a table with seeds 0 to `seeds` - 1 and write them into `results` (None: the home).
 
-    Raises ValueError, before any work, for a table, row or override that is unknown.
+    Returns the page. Raises ValueError, before any work, for a table, row or override that is unknown.
     """
     check(overrides, seeds)
     rows = choose(table, names)
@@ -100,7 +100,7 @@ def _once(table: str, row: Row, overrides: tuple[str, ...], seed: int) -> dict[s
     file = directory / f"{name}.json"
     if file.is_file():
         return json.loads(file.read_text())
-    began, where = time.perf_counter(), _where()  # with the code that measures: it may change before the end
+    began, where = time.perf_counter(), _where()  # taken now: the code may change before the end
     setting = Setting(overrides, seed, directory / name)
     with _ended(setting.runs), computing_on(given(overrides, "compute.device") or "auto"):
         measured = row.measure(setting)
@@ -111,7 +111,7 @@ def _once(table: str, row: Row, overrides: tuple[str, ...], seed: int) -> dict[s
 
 
 def _commits(runs: Iterable[Run]) -> Iterator[str]:
-    """Of the code that trained the runs and scored them."""
+    """The commits of the code that trained the runs and scored them."""
     for run in runs:
         yield summary.trained_by(run)
         for content in run.scores().values():
@@ -120,7 +120,7 @@ def _commits(runs: Iterable[Run]) -> Iterator[str]:
 
 @contextmanager
 def _ended(runs: dict[str, Run]) -> Iterator[None]:
-    """Have the runs that the body trains end with it: with report and scores in MLflow, or as failed."""
+    """End the runs that the body trains when it ends: with report and scores in MLflow, or as failed."""
     try:
         yield
     except BaseException as error:
@@ -154,7 +154,7 @@ def _seeds(seeds: int) -> list[str]:
 
 
 def _where() -> dict[str, Any]:
-    """What the figures are measured on, with which code, when."""
+    """The hardware, commit and date of a measurement."""
     environment = summary.environment()
     return {
         "hardware": "; ".join([environment["cpu"], *environment["gpu"]]),

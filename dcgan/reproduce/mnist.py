@@ -10,7 +10,7 @@ from dcgan.evaluate.published import PAPER
 from dcgan.evaluate.samples import device
 from dcgan.reproduce.rows import QUOTED, Column, Figure, Measured, Row, Setting, Table, arrays, checkpoint_rule, scale
 
-# The nets and the weight decay are the code's; TABLE's note says what is not.
+# The nets and the weight decay are the original code's; TABLE's note says what is not.
 MODEL = (
     "model.conditional=true",
     "model.hidden=1024",
@@ -23,7 +23,7 @@ MODEL = (
     "train.sample_every=1000",
     "evaluate.checkpoint=latest",
 )
-FEWER = (50_000, 500_000)  # of the digits drawn: what more of them bring, with the same nets
+FEWER = (50_000, 500_000)  # of the digits drawn: to show what more of them bring, with the same nets
 
 
 def _real(count: int, setting: Setting) -> Measured:
@@ -62,8 +62,8 @@ TABLE = Table(
         Row("dcgan_50k", "DCGAN, 50,000", {"error": Figure(0.0298)}, PAPER, partial(_drawn, 50_000)),
         Row("dcgan_10m", "DCGAN, 10 million", {"error": Figure(0.0148)}, PAPER, partial(_drawn, 10_000_000)),
     ),
-    "The neighbours are real or generated digits, what is classified are the 10,000 test images. The published nets "
-    "learned from 50,000 digits, in turn, for 100 epochs and 100 more in which the learning rate fell to 0. Here both "
-    "learn from each batch of all 60,000, the rate falls to 0 over the second half of the steps, and the generator's "
-    "moving average (0.999) draws.",
+    "A nearest-neighbour classifier fitted on real or generated digits classifies the 10,000 test images. The "
+    "published nets were trained on 50,000 digits and updated in turn, for 100 epochs plus 100 more during which the "
+    "learning rate fell to 0. Here both are updated on every batch of all 60,000, the rate falls to 0 over the second "
+    "half of the steps, and digits are drawn from the generator's moving average (0.999).",
 )

@@ -80,7 +80,7 @@ def cell(column: Column, figure: Figure) -> str:
 
 
 def _origin(row: Row, record: dict[str, Any] | None) -> Iterator[str]:
-    """One item: what the published figure is of, and how, where and when ours was measured, or why not."""
+    """A list item: where the published figure is from, and how, where and when the row was measured, or why not."""
     source = f" Published: {row.source}." if row.source else ""
     if record is None or "reason" in record:
         reason = record["reason"] if record else row.measure if isinstance(row.measure, str) else ""

@@ -1,4 +1,4 @@
-"""What was measured of the tables, as JSON beside the page that shows it.
+"""Stores what was measured for the tables as JSON, beside the page that shows it.
 
 results/<table>.json holds {row: record}. A record has `command`, `commit`, `hardware` and `date`, and then either
 `reason`, why it was not measured, or `figures` ({column: [value, spread, of]}), `controls`, `choices`, `scale`, `runs`,
@@ -17,20 +17,20 @@ PAGE = "results.md"
 
 
 def keep(directory: Path, table: str, rows: dict[str, dict[str, Any]]) -> None:
-    """Put records of rows into results/<table>.json; one that was not measured takes no measured one's place."""
+    """Put records of rows into results/<table>.json; one that was not measured never replaces one that was."""
     known = read(directory, table)
     new = {row: content for row, content in rows.items() if "figures" in content or "figures" not in known.get(row, {})}
     storage.write_json(directory / "results" / f"{table}.json", {**known, **new})
 
 
 def read(directory: Path, table: str) -> dict[str, dict[str, Any]]:
-    """Row to record; {} if none of the table was tried."""
+    """Row to record; {} if no row of the table was tried."""
     file = directory / "results" / f"{table}.json"
     return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def write_page(directory: Path) -> Path:
-    """Write the tables into the page between their marks, or at its end; what else stands there stays."""
+    """Write the tables into the page between their marks, or at its end; the rest of the page is kept."""
     file = directory / PAGE
     records = {name: read(directory, name) for name in TABLES}
     text = page.replace(file.read_text(encoding="utf-8") if file.is_file() else "", page.tables(TABLES, records))
@@ -39,7 +39,7 @@ def write_page(directory: Path) -> Path:
 
 
 def measured(content: dict[str, Any]) -> Measured:
-    """The measurement that was written as JSON."""
+    """The measurement that a record has as JSON."""
     return Measured(
         _figures(content["figures"]),
         content["scale"],

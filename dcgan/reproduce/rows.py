@@ -13,7 +13,7 @@ from dcgan.run import Run
 
 
 class Figure(NamedTuple):
-    """A value of one cell and its spread: `spread` is None where there is one measurement; `of` says what spreads."""
+    """A cell's value and its spread: `spread` is None for a single measurement; `of` says what the spread is over."""
 
     value: float
     spread: float | None = None
@@ -33,8 +33,8 @@ class Column:
 class Measured:
     """What one row gave with one seed.
 
-    figures: column to value. controls: control to the same. choices: what was chosen, and by which rule, in words or
-    numbers. scale: how large the run was, in words. runs: names of the training runs that it used.
+    figures: column to value. controls: control to the same mapping. choices: what was chosen, and by which rule, in
+    words or numbers. scale: how large the run was, in words. runs: names of the training runs that it used.
     """
 
     figures: dict[str, Figure]
@@ -46,9 +46,9 @@ class Measured:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a row is measured with: the user's overrides, a seed, and a place for work of its own.
+    """What a row is measured with: the user's overrides, a seed, and a directory for its own work.
 
-    runs: name to each run that has been trained for it.
+    runs: the runs trained for it, by name.
     """
 
     overrides: tuple[str, ...]
@@ -57,15 +57,15 @@ class Setting:
     runs: dict[str, Run] = field(default_factory=dict)
 
     def experiment(self, preset: DataSet, *words: str) -> Experiment:
-        """The preset's experiment with the row's words, the seed, and the user's words, which are the last.
+        """The preset's experiment with the row's words, the seed and, last, the user's overrides.
 
-        An override may be for one preset: `cifar10/data.source=DIRECTORY`.
+        An override may be for one preset only: `cifar10/data.source=DIRECTORY`.
         """
         seeds = (f"train.seed={self.seed}", f"evaluate.seed={self.seed}")
         return config.build(preset, [*words, *seeds, *_Override.of(self.overrides, preset)])
 
     def images(self, preset: DataSet, *words: str) -> tuple[Store, Evaluate]:
-        """The preset's images, ingested if they were not, and its settings of evaluation."""
+        """The preset's images, ingested if necessary, and its evaluation settings."""
         experiment = self.experiment(preset, *words)
         return stages.images(experiment, experiment.data), experiment.evaluate
 
@@ -77,7 +77,7 @@ class Setting:
         return run
 
     def extracted(self, preset: DataSet, *words: str) -> Run:
-        """The same with feature banks."""
+        """A trained run with feature banks."""
         run = self.trained(preset, *words)
         stages.extract(run)
         return run
@@ -100,7 +100,7 @@ class _Override(NamedTuple):
 
     @classmethod
     def of(cls, words: Sequence[str], preset: str) -> list[str]:
-        """Those that are for a preset, as `config.build` takes them."""
+        """Those that apply to a preset, as `config.build` takes them."""
         return [f"{one.key}={one.value}" for one in map(cls.read, words) if one.preset in ("", preset)]
 
 
@@ -108,7 +108,7 @@ class _Override(NamedTuple):
 class Row:
     """A method of a table.
 
-    published: column to figure. source: whose. measure: how it is measured here, or why it is not.
+    published: column to figure. source: of these. measure: how it is measured here, or why it is not.
     """
 
     key: str
@@ -135,7 +135,7 @@ def home(overrides: Sequence[str]) -> Path:
 
 
 def given(overrides: Sequence[str], key: str) -> str | None:
-    """The last value of a key among the overrides for every data set, if it is there."""
+    """The last value of a key among the overrides that apply to every preset; None if there is none."""
     found = [
         override.value for override in map(_Override.read, overrides) if (override.preset, override.key) == ("", key)
     ]
@@ -161,7 +161,7 @@ def check(overrides: Sequence[str], seeds: int = 1) -> None:
 
 
 def _check_values(overrides: Sequence[str]) -> None:
-    """Raise ValueError for values that a preset which they are for refuses, or, if they are for all, every preset."""
+    """Raise ValueError for values that a preset they name rejects or, if they name none, that every preset rejects."""
     named = {override.preset for override in map(_Override.read, overrides) if override.preset}
     refusals = {}
     for preset in config.PRESETS:
@@ -201,7 +201,7 @@ def features(run: Run, protocol: config.Protocol, names: dict[str, str]) -> Meas
 
 
 def merged(*parts: Measured) -> Measured:
-    """One row out of several protocols of the same run."""
+    """One row from several protocols of the same run."""
     controls: dict[str, dict[str, Figure]] = {}
     for part in parts:
         for control, figures in part.controls.items():
@@ -216,7 +216,7 @@ def merged(*parts: Measured) -> Measured:
 
 
 def checkpoint_rule(run: Run) -> str:
-    """Which checkpoint was scored and why: no label and no test image decides it."""
+    """Which checkpoint was scored and why: the choice uses no label and no test image."""
     from dcgan import checkpoint
 
     step = int(checkpoint.chosen(run).name)

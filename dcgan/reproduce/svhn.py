@@ -20,9 +20,9 @@ from dcgan.evaluate.samples import device
 from dcgan.reproduce.rows import QUOTED, Column, Figure, Measured, Row, Setting, Table, arrays, features, scale
 
 KINGMA = f"{PAPER}, after Kingma et al., NeurIPS 2014"
-DRAWS = "evaluate.draws=10"  # of the slow rows; nothing was published about theirs
+DRAWS = "evaluate.draws=10"  # for the slow rows; nothing was published about theirs
 TRIALS = 64  # paper, section 5.2
-GPUS = {"cpu": 0.0, "cuda": 0.25}  # of one, a trial: the net is small
+GPUS = {"cpu": 0.0, "cuda": 0.25}  # share of one per trial: the net is small
 
 Scorer = Callable[[Evaluate, dict[str, np.ndarray], dict[str, np.ndarray]], dict[str, float]]
 
@@ -91,7 +91,7 @@ def _svm(setting: Setting) -> Measured:
 
 
 def _interval(figures: dict[str, Figure]) -> dict[str, Figure]:
-    """Errors of accuracies, with 1.96 standard deviations over draws, as published."""
+    """Errors from accuracies, with 1.96 standard deviations over draws, as published."""
     return {
         column: Figure(1 - value) if spread is None else Figure(1 - value, 1.96 * spread, f"{of}, 1.96 deviations")
         for column, (value, spread, of) in figures.items()
@@ -175,6 +175,6 @@ TABLE = Table(
         Row("tsvm_features", "TSVM, DCGAN features", {}, "", partial(_on_features, "tsvm", _tsvm)),
     ),
     "All choices are made on the 10,000 held-out training images. The authors' code later gave 22.18 +- 1.13 (100 "
-    "draws, 1.96 standard deviations) for 22.48. The supervised CNN's 28.87 is a validation error. The TSVM's solver "
-    "is not that of 2014.",
+    "draws, 1.96 standard deviations) instead of 22.48. The supervised CNN's 28.87 is a validation error. The "
+    "TSVM's solver is not the one used in 2014.",
 )

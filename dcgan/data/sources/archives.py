@@ -1,8 +1,8 @@
-"""Where image files lie in directories, tar files and zip files, found from names and headers; nothing is unpacked.
+"""Locates image files in directories, tar files and zip files by names and headers; nothing is unpacked.
 
-Archives are read in place: a member is a stretch of the archive, which `records.Files` reads later. What could not be
-read so, or would be written outside if somebody unpacked it, is refused by name: links, devices, `..`, absolute names,
-encryption, compression other than zip's deflate.
+Archives are read in place: a member is a byte range of the archive, which `records.Files` reads later. What can't be
+read this way, or would be written outside if it were unpacked, is rejected with an error that names it: links, devices,
+`..`, absolute names, encryption, compression other than zip's deflate.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ ENCRYPTED = 0x1  # zip's flag
 class Member(NamedTuple):
     """A file in a directory, or one inside an archive.
 
-    name: in the directory or archive. size: bytes of its content. changed: nanoseconds since 1970, 0 in an archive.
+    name: in the directory or archive. size: bytes of its content. changed: in nanoseconds since 1970, 0 in an archive.
     offset, length, deflated: where its bytes are in `path`, as in `records.Entry`.
     """
 
@@ -47,14 +47,14 @@ class Member(NamedTuple):
 
 
 def tree(data: Data, name: str) -> Path:
-    """The directory of `data.source` for a signature: what is at S3 is brought to where `read` is going to find it."""
+    """The directory of `data.source` for a signature: what is at S3 is staged to where `read` will find it."""
     return published.tree(data, (data.home or default_home()) / "downloads" / name)
 
 
 def in_directory(directory: Path) -> list[Member]:
-    """The JPEG files in a directory, not below it, sorted by name; names that start with a dot are passed over.
+    """The JPEG files in a directory, not below it, sorted by name; names that start with a dot are skipped.
 
-    Links are followed: many a subset of ImageNet is a directory of links.
+    Links are followed: many subsets of ImageNet are directories of links.
     """
     with os.scandir(directory) as entries:
         files = [entry for entry in entries if _is_image(entry.name) and entry.is_file()]
@@ -77,7 +77,7 @@ def in_tar(path: Path) -> list[Member]:
 
 
 def in_nested_tar(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, list[Member]]]:
-    """As `in_tar`, for each of the tar files in a tar file that is `wanted`: its name, and what is in it."""
+    """As `in_tar`, for each `wanted` tar file inside a tar file: its name and its files."""
     with _reading(str(path)), tarfile.open(path, "r:") as outer:
         for info in _files(outer, str(path)):
             if not wanted(info.name):
@@ -98,7 +98,7 @@ def in_zip(path: Path) -> list[Member]:
 def listing(name: str, members: Iterable[tuple[str, int]]) -> SourceFile:
     """The manifest's entry for many image files: a hash of their names in the data set and their lengths.
 
-    Their bytes are not read twice for it: a manifest has the hashes of the shards that are made from them.
+    It saves reading their bytes twice: a manifest has the hashes of the shards that are made from them.
     """
     whole, total = hashlib.sha256(), 0
     for member, size in members:
@@ -108,7 +108,7 @@ def listing(name: str, members: Iterable[tuple[str, int]]) -> SourceFile:
 
 
 def stamp(members: Iterable[Member]) -> str:
-    """A hash of names, lengths and times of change: equal only if the files of a directory are equal."""
+    """A hash of names, lengths and modification times: equal only if the files of a directory are equal."""
     whole = hashlib.sha256()
     for member in members:
         whole.update(os.fsencode(member.name) + f"\0{member.size} {member.changed}\n".encode())
@@ -128,7 +128,7 @@ def _reading(where: str) -> Iterator[None]:
 
 
 def _files(archive: tarfile.TarFile, where: str) -> Iterator[tarfile.TarInfo]:
-    """The regular files of a tar; raises CorruptError for anything else but directories, or if it stops too early."""
+    """The regular files of a tar; raises CorruptError for anything but them and directories, or if it ends early."""
     for info in archive:
         _require_inside(info.name, where)
         if info.isdir():
@@ -136,7 +136,7 @@ def _files(archive: tarfile.TarFile, where: str) -> Iterator[tarfile.TarInfo]:
         if not info.isreg() or info.issparse():
             raise storage.CorruptError(f"{where}: {info.name} is a link or a special file: only plain files are read")
         yield info
-    # tarfile takes a broken header for the end. A tar ends with a block of zeros, or, sloppily, with its file.
+    # tarfile takes a broken header for the end. A proper tar ends with a block of zeros, a sloppy one with its file.
     assert archive.fileobj is not None
     archive.fileobj.seek(archive.offset)
     if any(archive.fileobj.read(tarfile.BLOCKSIZE)):
@@ -154,7 +154,7 @@ def _stretch(info: tarfile.TarInfo, path: Path, start: int) -> Member:
 
 
 def _zipped(info: zipfile.ZipInfo, file: BinaryIO, path: Path) -> Member:
-    """The stretch after the member's own header, whose extra field may be longer than the directory's copy of it."""
+    """The bytes after the member's own header, whose extra field may be longer than the central directory's copy."""
     where = f"{path}: {info.filename}"
     _require_inside(info.filename, str(path))
     if info.flag_bits & ENCRYPTED or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):

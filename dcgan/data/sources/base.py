@@ -1,4 +1,4 @@
-"""What every source has in common: what it gives, and which images are held out."""
+"""What all sources share: their interface, and the rule that decides which images are held out."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class Source(Protocol):
     """A module of this package: one data set."""
 
     def signature(self, data: Data) -> Any:
-        """What the input is, as a JSON value found without reading images: equal only if the images are equal.
+        """A JSON value that identifies the input, found without reading images: equal only if the images are equal.
 
         Raises FileNotFoundError if `data.source` names a directory that does not have the data set.
         """
@@ -34,12 +34,12 @@ class Source(Protocol):
     def read(self, data: Data, downloads: Path) -> Opened:
         """Find, download (under `downloads` only) and check the input.
 
-        Raises FileNotFoundError, ValueError, storage.CorruptError or fetch.DownloadError, naming file or address.
+        Raises FileNotFoundError, ValueError, storage.CorruptError or fetch.DownloadError, naming the file or address.
         """
 
 
 def held_out(sha256: bytes, fraction: float) -> bool:
-    """Whether the image with this hash of its content is a test image: a pure function, so a copy goes with it.
+    """Whether the image with this hash of its content is a test image: a pure function, so copies share a split.
 
     The first 8 bytes of SHA-256 are uniform on 0 .. 2^64 - 1; those below `fraction` of that range are held out.
     """
@@ -47,7 +47,7 @@ def held_out(sha256: bytes, fraction: float) -> bool:
 
 
 def require_both(dataset: str, train: int, test: int, fraction: float) -> None:
-    """Raise ValueError if the split by content hash leaves a side without images."""
+    """Raise ValueError if the split by content hash leaves either side empty."""
     for split, count in (("train", train), ("test", test)):
         if not count:
             raise ValueError(

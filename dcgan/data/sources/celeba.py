@@ -1,7 +1,7 @@
 """CelebA (Liu et al. 2015), aligned and cropped: 202,599 colour photographs of faces, 178x218, without classes.
 
-File names and MD5 are torchvision's. The files lie on Google Drive and are for non-commercial research only; nothing is
-downloaded from there: a refusal says which files to put where. The zip file's images are read in place.
+File names and MD5 are torchvision's. The files are on Google Drive, for non-commercial research only; nothing is
+downloaded from there: the error says which files to put where. The zip file's images are read in place.
 """
 
 import re
@@ -40,9 +40,9 @@ def signature(data: Data) -> Any:
 def read(data: Data, downloads: Path) -> Opened:
     """Splits train, validation and test as published, three channels; see `base.Source`.
 
-    data.source: a directory of `list_eval_partition.txt` and the zip file, or the directory that it unpacks to; or a
-    mirror of the two files; without it, what a mirror gave before. Unpacked images have no published checksums.
-    Raises ValueError, naming the image, for one that is listed and absent.
+    data.source: a directory with `list_eval_partition.txt` and the zip file, or the directory that it unpacks to; or a
+    mirror of the two files; if not set, what a mirror gave before. Unpacked images have no published checksums.
+    Raises ValueError, naming the image, if one is listed but missing.
     """
     images, partition = _located(data, downloads / "celeba")
     listed = _partition(published.check(partition, PARTITION_MD5))

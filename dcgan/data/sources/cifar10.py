@@ -43,7 +43,7 @@ def read(data: Data, downloads: Path) -> Opened:
 
     data.source: a directory of the batches, of `cifar-10-batches-py/` or of the archive; or a mirror of the archive.
     """
-    from torchvision.datasets import CIFAR10  # seconds, needed by this data set alone
+    from torchvision.datasets import CIFAR10  # takes seconds; only this data set needs it
 
     folder = _batches(data, downloads / "cifar10")
     files = [published.check(folder / name, md5) for name, md5 in FILES.items()]

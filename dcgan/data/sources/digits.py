@@ -21,7 +21,7 @@ def signature(data: Data) -> Any:
 
 def read(data: Data, downloads: Path) -> Opened:
     """Splits train and test by content hash; one channel; see `base.Source`. Raises ValueError if a split is empty."""
-    from sklearn.datasets import load_digits  # two seconds, needed by this data set alone
+    from sklearn.datasets import load_digits  # takes two seconds; only this data set needs it
 
     bunch = load_digits()
     # The values are counts 0..16 of inked pixels in 4x4 blocks of the scan: 16 becomes 255.

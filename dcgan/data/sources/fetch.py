@@ -1,6 +1,6 @@
-"""Bytes from http(s) and S3, asked for again where an attempt ended, with pauses that grow.
+"""Downloads bytes over http(s) and from S3, resuming where an attempt ended, after ever longer pauses.
 
-The network fails in two ways: what is Interrupted is worth another attempt, what is Refused is not.
+The network fails in two ways: Interrupted is worth another attempt, Refused is not.
 """
 
 import logging
@@ -27,14 +27,14 @@ from dcgan.data.sources.partial import Partial, Progress, Version
 log = logging.getLogger(__name__)
 
 TIMEOUT = 30  # seconds without a byte before a server counts as gone
-ATTEMPTS = 6  # in a row without a new byte: with the delays below half a minute, in which a server restarts
+ATTEMPTS = 6  # in a row without a new byte: half a minute with the delays below, in which a server restarts
 DELAY = 1.0  # seconds before the second attempt; doubles from there
 LONGEST_DELAY = 30.0  # seconds
-PATIENCE = 60.0  # seconds of Retry-After that are waited; who asks for more will not serve us
-TRANSIENT = (408, 425, 429)  # the HTTP statuses below 500 that mean: later
+PATIENCE = 60.0  # the longest Retry-After to wait for, in seconds; a server that asks for more will not serve us
+TRANSIENT = (408, 425, 429)  # the HTTP statuses below 500 that mean "later"
 CHUNK = 1 << 20  # bytes of a file in memory at once
 PIECE = 16 << 20  # the same for S3, where each is a request
-LISTED = 1000  # objects in a page of a listing; S3 gives no more
+LISTED = 1000  # objects per page of a listing; S3's maximum
 CONNECTIONS = 16  # to S3 at once
 T = TypeVar("T")
 
@@ -55,7 +55,7 @@ class Refused(Exception):  # noqa: N818
 
 
 class Interrupted(Exception):  # noqa: N818
-    """An attempt failed that another may follow. wait: seconds for which the server asks."""
+    """An attempt failed, and another may follow. wait: seconds that the server asks for."""
 
     def __init__(self, message: str, wait: float = 0.0) -> None:
         super().__init__(message)
@@ -73,9 +73,9 @@ def download(url: str, part: Partial) -> None:
 
 
 def persist(action: Callable[[], T], name: str, reached: Callable[[], int] = lambda: 0) -> T:
-    """What `action` returns, called again when it is interrupted until ATTEMPTS in a row made no progress.
+    """What `action` returns, retried when it is Interrupted until ATTEMPTS in a row made no progress.
 
-    reached: how much there is by now; more than ever before is progress.
+    reached: how much there is now; more than ever before is progress.
     """
     failures = best = 0
     while True:
@@ -94,12 +94,12 @@ def persist(action: Callable[[], T], name: str, reached: Callable[[], int] = lam
 
 
 def shown(url: str) -> str:
-    """A URL as it may be shown: without the query, in which secrets are passed where a server redirects."""
+    """A URL that is safe to show: without the query, where servers that redirect pass secrets."""
     return urlsplit(url)._replace(query="", fragment="").geturl()
 
 
 class Answer(NamedTuple):
-    """A file from `offset` on; what can go wrong while `pieces` are read is Interrupted or Refused."""
+    """A file from `offset` on; an error while reading `pieces` is Interrupted or Refused."""
 
     version: Version
     offset: int
@@ -133,7 +133,7 @@ def _ask_http(url: str, part: Partial) -> Answer:
 
 
 def _request(url: str, part: Partial) -> Request:
-    """A GET of what is lacking, with the user and password that `netrc` has for this host, and for no other."""
+    """A GET of what is missing, with the user and password that `netrc` has for this host, and for no other."""
     request = Request(url, headers={"User-Agent": "dcgan"})
     if known := _known(urlsplit(url).hostname or ""):
         user, _, password = known
@@ -146,14 +146,14 @@ def _request(url: str, part: Partial) -> Request:
 
 
 def _known(host: str) -> tuple[str, str | None, str | None] | None:
-    """The entry of a host in `netrc`: user, account, password; None, with a warning, also where that can't be read."""
+    """The entry of a host in `netrc`: user, account, password; None if absent or, with a warning, unreadable."""
     try:
         file = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
         return netrc(str(file)).hosts.get(host) if file.is_file() else None
-    except NetrcParseError as error:  # whose message has the word that it stumbles over, maybe a password
+    except NetrcParseError as error:  # its message quotes the word that it stumbles over, maybe a password
         log.warning("no password is known for %s: line %s of %s can't be read", host, error.lineno, error.filename)
         return None
-    except (OSError, RuntimeError) as error:  # the last: there is no home
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
         log.warning("no password is known for %s: %s", host, error)
         return None
 
@@ -195,10 +195,10 @@ def _seconds(retry_after: str) -> float:
 
 
 def _described(url: str, response: HTTPResponse) -> tuple[Version, int]:
-    """What a response has, and the byte at which it begins: it may be the whole file though a part was asked for."""
+    """What a response has, and the byte it begins at: it may be the whole file even if a part was asked for."""
     headers = response.headers
     etag = headers.get("ETag", "")
-    # A weak one may stay the same when bytes change, and a server must not continue a file by it.
+    # A weak ETag may stay the same when bytes change, and a server must not continue a file by it.
     validator = headers.get("Last-Modified", "") if etag.startswith("W/") else etag or headers.get("Last-Modified", "")
     where = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", headers.get("Content-Range", ""))
     if response.status == 206 and where:
@@ -209,7 +209,7 @@ def _described(url: str, response: HTTPResponse) -> tuple[Version, int]:
 
 
 def _received(response: HTTPResponse, length: int | None, offset: int) -> Iterator[bytes]:
-    """The body as it comes in. It may end early without an error; whoever reads it compares the length."""
+    """The body as it comes in. It may end early without an error; the caller compares the length."""
     with response:
         try:
             while piece := response.read1(CHUNK if length is None else min(CHUNK, length - offset)):
@@ -223,19 +223,19 @@ def _received(response: HTTPResponse, length: int | None, offset: int) -> Iterat
 
 
 class Bucket:
-    """Objects below an s3:// address. A call is one attempt; it raises Interrupted or Refused.
+    """Objects below an s3:// address. Each call is one attempt and raises Interrupted or Refused.
 
-    The usual AWS variables say who is asking and where.
+    Credentials and endpoint come from the usual AWS variables.
     """
 
     def __init__(self, address: str) -> None:
-        import s3fs  # a second, needed for s3:// alone
+        import s3fs  # takes a second; only s3:// needs it
 
         self.name, _, self.key = address.removeprefix("s3://").partition("/")
         self._files = s3fs.S3FileSystem(
             skip_instance_cache=True,
             use_listings_cache=False,
-            # One policy of attempts is enough: `persist`. Two inside each other would wait minutes.
+            # One retry policy is enough: `persist`. Two nested ones would wait for minutes.
             config_kwargs={"retries": {"total_max_attempts": 1}, "max_pool_connections": CONNECTIONS},
         )
         self._files.retries = 1
@@ -263,7 +263,7 @@ class Bucket:
 
 @contextmanager
 def _s3_errors() -> Iterator[None]:
-    """Sort what s3fs raises, which comes from four libraries."""
+    """Turn what s3fs raises, which comes from four libraries, into Refused or Interrupted."""
     import aiohttp
     from botocore import exceptions as aws
 

@@ -1,9 +1,9 @@
 """Any tree of images. A class is a first-level subdirectory that holds images, at any depth; a flat folder has none.
 
 What counts as an image: a regular file with one of EXTENSIONS, in upper or lower case. Names that start with a dot and
-symbolic links, to files or directories, are passed over (a link may lead round in a circle or out of the tree), as are
-other extensions; their number is logged. An image is turned as its EXIF orientation says and converted to RGB without
-its transparency, as torchvision's ImageFolder does.
+symbolic links, to files or directories, are skipped (a link may form a cycle or lead out of the tree), as are other
+extensions; their number is logged. An image's EXIF orientation is applied, and it is converted to RGB without its
+transparency, as torchvision's ImageFolder converts it.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ DIGEST = 32  # bytes of a SHA-256
 
 
 def signature(data: Data) -> Any:
-    """A hash of every image's name, length and time of change; see `base.Source`."""
+    """A hash of every image's name, length and modification time; see `base.Source`."""
     root = _root(data)
     seen = hashlib.sha256()
     for name in chain.from_iterable(map(unpack, _names(root))):
@@ -80,7 +80,7 @@ def _names(root: Path) -> list[bytes]:
 
 
 def _walk(root: Path, passed: Counter[str]) -> Iterator[str]:
-    """The paths in sorted order, with no more than the entries of the directories down to one in memory."""
+    """The paths in sorted order, with only the entries of the directories down to the current one in memory."""
     pending = [""]
     while pending:
         if (at := pending.pop()) and not at.endswith("/"):
@@ -91,7 +91,7 @@ def _walk(root: Path, passed: Counter[str]) -> Iterator[str]:
 
 
 def _entries(directory: Path, passed: Counter[str]) -> Iterator[str]:
-    """The names of its images, and of its directories with a slash; `passed` counts what is neither."""
+    """The names of a directory's images, and of its directories with a slash; `passed` counts what is neither."""
     with os.scandir(directory) as entries:
         for entry in entries:
             if entry.name.startswith("."):
@@ -122,7 +122,7 @@ def _classes(root: Path, names: Sequence[bytes]) -> tuple[str, ...]:
 def _hashes(root: Path, names: Sequence[bytes]) -> tuple[list[bytes], SourceFile]:
     """The hashes of a `Block` for each block of names, and the tree as one file: all names and SHA-256.
 
-    By threads: neither reading nor hashing holds the interpreter's lock.
+    Uses threads: neither reading nor hashing holds the interpreter's lock.
     """
     hashes, whole, size = [], hashlib.sha256(), 0
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -136,7 +136,7 @@ def _hashes(root: Path, names: Sequence[bytes]) -> tuple[list[bytes], SourceFile
 
 
 def _hash_block(root: Path, names: bytes) -> tuple[bytes, int]:
-    """The SHA-256 of each file, one after the other, and the bytes that they have together."""
+    """The SHA-256 of each file, concatenated, and the files' total size in bytes."""
     digests, size = bytearray(), 0
     for name in unpack(names):
         with open(f"{root}/{name}", "rb", buffering=0) as file:

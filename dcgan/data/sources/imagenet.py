@@ -1,8 +1,9 @@
 """ImageNet, ILSVRC-2012: 1,281,167 training and 50,000 validation photographs of 1,000 classes, of any size.
 
-Its terms of access forbid fetching it for somebody, so `data.source` is required. The classes are WordNet ids, sorted,
-and the images in the order of torchvision's ImageFolder, whether they come from class directories or from the published
-tar files, which are read in place. MD5 and the reading of the development kit are torchvision's (`ImageNet`).
+Its terms of access forbid fetching it on someone's behalf, so `data.source` is required. The classes are WordNet ids,
+sorted, and the images are in the order of torchvision's ImageFolder, whether they come from class directories or from
+the published tar files, which are read in place. The MD5 and the way the development kit is read are torchvision's
+(`ImageNet`).
 """
 
 import io
@@ -46,7 +47,7 @@ Classes = Mapping[str, list[Member]]  # images by class, both sorted
 
 
 def signature(data: Data) -> Any:
-    """Published MD5, or a hash of the names, lengths and times of change of a tree's files; see `base.Source`."""
+    """Published MD5, or a hash of the names, lengths and modification times of a tree's files; see `base.Source`."""
     if mirrored(data):
         return MD5
     root = local(data)
@@ -59,8 +60,8 @@ def read(data: Data, downloads: Path) -> Opened:
     """Splits train and test (the validation images, if they are there), three channels; see `base.Source`.
 
     data.source: a directory with `train/<wnid>/` and `val/<wnid>/`, or these under `ILSVRC/Data/CLS-LOC/`, or with the
-    published tar files, or with some of each; or a mirror of the tar files. A flat `val/` is as good as its tar file:
-    the labels of both are in the development kit. Raises ValueError unless there are 1,000 classes.
+    published tar files, or with some of each; or a mirror of the tar files. A flat `val/` serves like its tar file: the
+    labels of both are in the development kit. Raises ValueError unless there are 1,000 classes.
     """
     root = located(data, downloads, MD5)
     train, val = training(root), validation(root)
@@ -93,7 +94,7 @@ def opened(data: Data, splits: Mapping[str, Classes]) -> Opened:
 
 
 def mirrored(data: Data) -> bool:
-    """Whether `data.source` is an http(s) address, which has the tar files; S3 may have a tree."""
+    """Whether `data.source` is an http(s) address, which serves the tar files; S3 may hold a tree."""
     return (data.source or "").startswith(("http://", "https://"))
 
 
@@ -117,7 +118,7 @@ def located(data: Data, downloads: Path, names: Container[str]) -> Path:
 
 
 def local(data: Data, folder: Path | None = None) -> Path:
-    """The directory of `data.source`, at S3 staged into `folder`; raises FileNotFoundError if it is not set."""
+    """The directory of `data.source`, staged into `folder` if at S3; raises FileNotFoundError if it is not set."""
     if data.source is None:
         raise FileNotFoundError(f"data.source is not set; {ADVICE}")
     return published.tree(data, folder) if folder else archives.tree(data, FOLDER)
@@ -147,7 +148,7 @@ def classes_in(images: Path) -> list[str]:
 
 
 def state(images: Path, wanted: Container[str] | None = None) -> str:
-    """The MD5 of a tar file, or a hash of the names, lengths and times of change of a tree's (wanted) files."""
+    """The MD5 of a tar file, or a hash of the names, lengths and modification times of a tree's (wanted) files."""
     if not images.is_dir():
         return MD5[images.name]
     members = [] if wanted else archives.in_directory(images)
@@ -157,7 +158,7 @@ def state(images: Path, wanted: Container[str] | None = None) -> str:
 
 
 def classes(images: Path, wanted: Container[str] | None = None) -> dict[str, list[Member]]:
-    """The images of a tree, or of a tar file of tar files, by class; of the wanted classes alone, if they are given."""
+    """The images of a tree, or of a tar file of tar files, by class; only of the wanted classes, if given."""
     if images.is_dir():
         return {wnid: archives.in_directory(images / wnid) for wnid in classes_in(images) if _in(wnid, wanted)}
     log.info("%s: listing the images", images)
@@ -170,7 +171,7 @@ def _in(wnid: str, wanted: Container[str] | None) -> bool:
 
 
 def _labelled(images: Path, devkit: Path) -> dict[str, list[Member]]:
-    """The validation images by class, of a flat tree or a tar file: in the order of their names, as the labels are."""
+    """The validation images of a flat tree or a tar file by class, in the order of their names, as the labels are."""
     if not devkit.is_file():
         raise FileNotFoundError(f"{images} has images without class directories; their labels are in {devkit}: add it")
     members = archives.in_directory(images) if images.is_dir() else archives.in_tar(images)
@@ -186,9 +187,9 @@ def _labelled(images: Path, devkit: Path) -> dict[str, list[Member]]:
 def validation_labels(devkit: Path) -> list[str]:
     """The class of each validation image, in the order of their names, as torchvision's parse_devkit_archive finds it.
 
-    The kit numbers more synsets than the classes, which are those without children, and lists a number a line.
+    The kit also numbers synsets that are not classes (classes have no children), and lists one number per line.
     """
-    from scipy.io import loadmat  # needed by this data set alone
+    from scipy.io import loadmat  # only this data set needs it
 
     with tarfile.open(devkit, "r:gz") as archive:  # its MD5 says what is in it
         meta = loadmat(io.BytesIO(_content(archive, f"{KIT}/meta.mat")), squeeze_me=True)["synsets"]

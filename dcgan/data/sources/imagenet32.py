@@ -1,10 +1,10 @@
 """ImageNet at 32x32 (Chrabaszcz, Loshchilov and Hutter 2017): all 1,281,167 + 50,000 images of ILSVRC-2012, resized.
 
-ImageNet's terms of access forbid fetching it for somebody, so `data.source` is required. The files are pickles, which
-can run code when they are read, and no published checksums of them are known to us. So `pickles.py` reads them, which
-builds nothing but containers, numbers and arrays, and the images are counted.
+ImageNet's terms of access forbid fetching it on someone's behalf, so `data.source` is required. The files are pickles,
+which can run code when they are read, and no published checksums of them are known. So `pickles.py` reads them, which
+builds only containers, numbers and arrays, and the images are counted.
 
-A batch has 393 MB of pixels. It is read when its images are needed and kept while somebody needs them.
+A batch has 393 MB of pixels. It is read when its images are needed and kept as long as they are.
 """
 
 import hashlib
@@ -49,7 +49,7 @@ DAMAGED = (
 
 
 class Batch(NamedTuple):
-    """One of the published files: as such, or as a member of a zip file."""
+    """One of the published files: on its own or as a member of a zip file."""
 
     name: str
     path: Path
@@ -77,7 +77,7 @@ class Content:
 
 @dataclass(frozen=True)
 class Stretches:
-    """Images of several batches in a row."""
+    """Images of several batches, concatenated."""
 
     parts: Sequence[Stretch]
     encoded: bool = False
@@ -101,7 +101,7 @@ class Stretches:
 
 
 def signature(data: Data) -> Any:
-    """Length and time of change of every file; see `base.Source`."""
+    """Length and modification time of every file; see `base.Source`."""
     _require_local(data)
     root = archives.tree(data, FOLDER)
     paths = sorted({batch.path for batches in _batches(root).values() for batch in batches})
@@ -110,7 +110,7 @@ def signature(data: Data) -> Any:
 
 
 def read(data: Data, downloads: Path) -> Opened:
-    """The published splits, three channels; see `base.Source`. Every batch is read once for it.
+    """The published splits, three channels; see `base.Source`. This reads every batch once.
 
     data.source: a directory of the zip files, or of the batches in them. The classes are the authors' numbers, "1" to
     "1000", which are not in the order of ImageNet's ids; or the ids, if map_clsloc.txt is beside them. Raises
@@ -164,7 +164,7 @@ def _in_archive(path: Path, names: Sequence[str]) -> list[Batch]:
 
 
 def _described(batch: Batch) -> tuple[int, SourceFile]:
-    """How many images there are, and a hash of what is in them: the same whether the batch was in a zip file or not."""
+    """How many images there are, and a hash of their content: the same whether the batch was in a zip file or not."""
     content = read_batch(batch)
     labels = content.labels.astype("<i8").tobytes()
     whole = hashlib.sha256(content.images.data)
@@ -185,7 +185,7 @@ def _classes(root: Path) -> tuple[str, ...]:
 
 
 def _items(stretch: Stretch) -> Iterator[Item]:
-    """The images of a stretch, copied, so that the batch is let go before the next one is read."""
+    """The images of a stretch, copied, so that the batch is freed before the next one is read."""
     batch, start, stop = stretch
     content = read_batch(batch)
     if stop > len(content.images):
@@ -200,9 +200,10 @@ _reading = threading.Lock()
 
 
 def read_batch(batch: Batch) -> Content:
-    """The images and labels of a batch, read once for all threads that are at it.
+    """The images and labels of a batch, read once for all threads that use it.
 
-    Raises ValueError, naming it, if it is damaged, names what it has no use for, or is not a batch of 32x32 images.
+    Raises CorruptError if it is damaged or names anything but arrays, ValueError if it is no batch of 32x32 images;
+    both name it.
     """
     with _reading:
         if (content := _kept.get(batch)) is None:

@@ -1,8 +1,7 @@
-"""ImageNet-10 and ImageNet-Dog-15 (Chang et al. 2017, DAC): the subsets of ImageNet's training images that clustering
-is measured on, 13,000 and 19,500 images, 1,300 of each class.
+"""ImageNet-10 and ImageNet-Dog-15 (Chang et al. 2017, DAC): subsets of ImageNet's training images for clustering.
 
-They were never published as files; people assemble them and come out with other numbers of images, so these are
-compared. There is no test split.
+They have 13,000 and 19,500 images, 1,300 per class. They were never published as files; people who assemble them get
+other numbers of images, so the numbers are checked. There is no test split.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,8 @@
 """LFW (Huang et al. 2007), deep-funneled: 13,233 colour photographs of faces, 250x250, without classes.
 
-Address and MD5 are torchvision's, which notes that the address no longer serves the archive: then the refusal says what
+Address and MD5 are torchvision's, which notes that the address no longer serves the archive: the error then says what
 to put where. The archive is decompressed to a .tar under `downloads`, and its images are read in place there. Train and
-test are chosen by the hash of each image's bytes, not by person: there are photographs of one person in both.
+test are chosen by the hash of each image's bytes, not by person: both may have photographs of one person.
 """
 
 import gzip
@@ -30,7 +30,7 @@ PLACES = ("", "lfw-py/")  # the second is torchvision's
 
 
 def signature(data: Data) -> Any:
-    """The archive's MD5, or a hash of the names, lengths and times of change of a tree; see `base.Source`."""
+    """The archive's MD5, or a hash of the names, lengths and modification times of a tree; see `base.Source`."""
     if data.source and not published.is_address(data.source):
         found = _find(data.source)
         if found.name != ARCHIVE:
@@ -111,7 +111,7 @@ def _is_image(name: str) -> bool:
 
 
 def _hashed(entries: Sequence[Entry]) -> Iterator[Entry]:
-    """The entries, with the hashes of their bytes: one image at a time is in memory."""
+    """The entries with the hashes of their bytes; only one image at a time is in memory."""
     for entry, item in zip(entries, Files(entries), strict=True):
         assert isinstance(item.image, bytes)
         yield entry._replace(sha256=hashlib.sha256(item.image).digest())

@@ -1,12 +1,12 @@
-"""Image files in an LMDB, read in place: its tree is walked once for where they lie, as an archive's directory is.
+"""Locates image files in an LMDB, to be read in place: its tree is walked once, like an archive's directory.
 
 The LMDB library is not used. It maps the file into memory and trusts what is in it: reading beyond the end of a file
-that was cut short, or a file whose last pages never arrived, ends the process (SIGBUS, SIGABRT). Here a damaged file is
-refused by name, no lock file is needed, and any number of threads and processes may read.
+that was cut short, or a file whose last pages never arrived, kills the process (SIGBUS, SIGABRT). Here a damaged file
+is rejected with an error that names it, no lock file is needed, and any number of threads and processes may read.
 
 The format is that of LMDB 0.9 on 64-bit little-endian machines, which LSUN was published in (`MDB_page`, `MDB_meta`,
-`MDB_node` in its mdb.c): pages of one size, a tree whose leaves hold keys and small values, larger ones in pages of
-their own in a row.
+`MDB_node` in its mdb.c): pages of one size; a tree whose leaves hold keys and small values; larger values in
+consecutive pages of their own.
 """
 
 import os
@@ -38,7 +38,7 @@ DEEPEST = 32  # levels of a tree; LMDB's own limit
 
 
 class Header(NamedTuple):
-    """What a header page says: bytes of a page, flags, depth, number of keys and root of the tree, last page, age."""
+    """What a header page says: bytes per page; the tree's flags, depth, number of keys and root; last page; age."""
 
     page: int
     flags: int
@@ -51,7 +51,7 @@ class Header(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """Images in an LMDB, JPEG or WebP, in the order of their keys: bytes (N,), and int64 (N,) where in the file."""
+    """Images in an LMDB, JPEG or WebP, in key order: keys as bytes (N,), and their places in the file, int64 (N,)."""
 
     file: Path
     keys: np.ndarray
@@ -77,7 +77,7 @@ class Images:
 
 
 def images(path: Path) -> Images:
-    """All images of an LMDB's file; raises CorruptError, naming it, if it is no such file, damaged or cut short."""
+    """All images in an LMDB's file; raises CorruptError, naming it, if it is not one, is damaged or cut short."""
     with path.open("rb") as file:
         tree = Tree(path, file.fileno())
         keys, offsets, lengths = [], array("q"), array("q")
@@ -122,7 +122,7 @@ class Tree:
         return storage.CorruptError(f"{self.path} is damaged: {reason}")
 
     def _leaves(self, number: int, depth: int) -> Iterator[int]:
-        """The numbers of the leaf pages below a page, `depth` levels of which are left."""
+        """The numbers of the leaf pages below a page with `depth` levels left."""
         if depth <= 1:
             yield number
             return
@@ -132,7 +132,7 @@ class Tree:
             yield from self._leaves(low | middle << 16 | high << 32, depth - 1)
 
     def _nodes(self, number: int, kind: int) -> tuple[bytes, list[int]]:
-        """A page, and where in it its nodes begin; there is at least one."""
+        """A page and the offsets of its nodes, of which there is at least one."""
         if number > self.header.last:
             raise self._damaged(f"it has no page {number}")
         page = os.pread(self.file, self.header.page, number * self.header.page)

@@ -1,8 +1,8 @@
 """LSUN (Yu et al. 2015, arXiv:1506.03365): scenes of ten categories, 256 pixels on the shorter side, without labels.
 
-`data.category` says which; bedroom has 3,033,042 + 300 images. A category comes as two LMDBs in zip files, of images
-with their shorter side at 256, JPEG or WebP. Addresses are the ones of the authors' own download.py; SHA-256 those of
-tensorflow/datasets' url_checksums/lsun.txt.
+`data.category` says which; bedroom has 3,033,042 + 300 images. A category comes as two LMDBs of JPEG or WebP images in
+zip files. The addresses are those of the authors' own download.py, the SHA-256 those of tensorflow/datasets'
+url_checksums/lsun.txt.
 """
 
 import logging
@@ -70,7 +70,7 @@ CATEGORIES = {  # SHA-256 of <category>_train_lmdb.zip and <category>_val_lmdb.z
 
 
 def signature(data: Data) -> Any:
-    """Of each split, the published SHA-256, or the length and time of change of an LMDB; see `base.Source`."""
+    """Per split, the published SHA-256, or the length and modification time of an LMDB; see `base.Source`."""
     seen: dict[str, Any] = {}
     for split, (name, digest) in _parts(data).items():
         seen[split] = digest
@@ -96,7 +96,7 @@ def read(data: Data, downloads: Path) -> Opened:
 
 
 def _parts(data: Data) -> dict[str, tuple[str, str]]:
-    """Of each split, the name of its LMDB and the SHA-256 of the zip file."""
+    """Per split, the name of its LMDB and the SHA-256 of the zip file."""
     if data.category not in CATEGORIES:
         raise ValueError(f"unknown data.category={data.category!r}; categories are {', '.join(CATEGORIES)}")
     pairs = zip(SPLITS.items(), CATEGORIES[data.category], strict=True)
@@ -125,7 +125,7 @@ def _file(data: Data, name: str, digest: str, downloads: Path) -> Path:
 
 
 def _unpack(archive: Path, member: str, target: Path) -> None:
-    """One file out of a zip file, by its exact name, complete or not at all: its CRC is compared on the way."""
+    """Unpack one file of a zip file, by its exact name, completely or not at all: its CRC is checked on the way."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         with zipfile.ZipFile(archive) as packed, storage.staging(target.parent) as staged:

@@ -1,6 +1,6 @@
 """MNIST (LeCun, Cortes and Burges): 60,000 + 10,000 handwritten digits, 28x28 grey.
 
-Addresses and MD5 are torchvision's. It publishes those of the .gz files only; the second of each pair below is the MD5
+Addresses and MD5 are torchvision's, which has those of the .gz files only; the second of each pair below is the MD5
 of what they contain, for directories that hold the unpacked files (`test_mnist.py` compares both).
 """
 

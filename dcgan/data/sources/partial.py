@@ -1,6 +1,6 @@
-"""A file that is not complete yet: the bytes so far and whose they are, kept by a kill, locked against other processes.
+"""A file still being downloaded: its bytes so far and their version; survives a kill, locked against other processes.
 
-A full disk or one that can't be written is an OSError that names the path; the bytes that came before it are kept.
+A full or unwritable disk raises an OSError that names the path; the bytes received until then are kept.
 """
 
 import fcntl
@@ -24,16 +24,16 @@ GB = 1e9
 
 @dataclass(frozen=True)
 class Version:
-    """What an address says about its file. validator: a strong ETag or else the time of change; "" if it says none."""
+    """What an address says about its file. validator: a strong ETag or else Last-Modified; "" if it has neither."""
 
     address: str
     validator: str
     length: int | None
 
     def continues(self, other: "Version | None") -> bool:
-        """Whether bytes of `other` may be followed by bytes of this.
+        """Whether bytes of this version may follow bytes of `other`.
 
-        Another address has validators of its own, so there the length has to do; the digest decides in the end.
+        Another address has its own validators, so there only the length is compared; the digest decides in the end.
         """
         if other is None:
             return False
@@ -58,21 +58,21 @@ class Partial:
 
     @property
     def size(self) -> int:
-        """Bytes that are there."""
+        """Bytes received so far."""
         return os.fstat(self._file.fileno()).st_size
 
     @property
     def length(self) -> int | None:
-        """Bytes of the whole file, if they were announced."""
+        """Bytes of the whole file, if announced."""
         return self.version.length if self.version else None
 
     @property
     def complete(self) -> bool:
-        """Whether all that was announced is there."""
+        """Whether all announced bytes are there."""
         return self.length == self.size
 
     def begin(self, version: Version, offset: int) -> None:
-        """Expect bytes of `version` from `offset` on, which is the size or 0; what belongs to another is dropped."""
+        """Expect bytes of `version` from `offset` on, which is the size or 0; at 0 the bytes so far are dropped."""
         if offset == 0:
             self.discard()
         if self.version is None or self.version.address != version.address:
@@ -81,21 +81,21 @@ class Partial:
             self.version = version
 
     def append(self, piece: bytes) -> None:
-        """Add bytes; as many as the disk takes are kept if it is full."""
+        """Add bytes; if the disk is full, those that fit are kept."""
         rest = memoryview(piece)
         with naming(self.path):
             while rest:
                 rest = rest[self._file.write(rest) :]
 
     def discard(self) -> None:
-        """Back to no bytes of no version."""
+        """Drop all bytes and their version."""
         with naming(self.path):
             self._file.truncate(0)
             self._about.unlink(missing_ok=True)
         self.version = None
 
     def publish(self) -> None:
-        """Put the file under its final name, on the disk."""
+        """Flush the file to disk and give it its final name."""
         with naming(self.path):
             os.fsync(self._file.fileno())
             os.replace(self.path, self.final)
@@ -103,7 +103,7 @@ class Partial:
 
 
 class Progress:
-    """Lines in the log: where a download begins or goes on, and every few seconds how far it is."""
+    """Logs where a download begins or resumes, and every few seconds how far it is."""
 
     def __init__(self, part: Partial) -> None:
         self.part = part
@@ -111,12 +111,12 @@ class Progress:
         self.first = part.size
 
     def begin(self) -> None:
-        """What comes from where."""
+        """Log what is downloaded from where."""
         address = self.part.version.address if self.part.version else "?"
         log.info("%s: downloading from %s; %s", self.part.final.name, address, self._amount())
 
     def step(self) -> None:
-        """How far it is, if it is time to say so."""
+        """Log how far it is, if it is time to."""
         if (now := time.monotonic()) - self.last < LOG_EVERY:
             return
         self.last = now
@@ -142,7 +142,7 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def partial(final: Path) -> Iterator[Partial]:
-    """The partial of `final`, this process's alone; kept unless it is empty. Waits while another process fills it."""
+    """The partial of `final`, for this process alone; kept unless it is empty. Waits while another process fills it."""
     final.parent.mkdir(parents=True, exist_ok=True)
     path = final.with_name(f"{final.name}.part")
     with locked(path) as file:
@@ -171,7 +171,7 @@ def locked(path: Path) -> Iterator[BinaryIO]:
 
 
 def _is_at(path: Path, file: BinaryIO) -> bool:
-    """Whether an open file still has its name: who held the lock before may have renamed or removed it."""
+    """Whether an open file still has its name: the lock's last holder may have renamed or removed it."""
     with suppress(FileNotFoundError):
         return os.path.samestat(path.stat(), os.fstat(file.fileno()))
     return False

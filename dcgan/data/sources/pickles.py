@@ -1,4 +1,4 @@
-"""Pickles that somebody published, read by an unpickler that knows arrays and nothing else: no code in them is run."""
+"""Reads published pickles with an unpickler that knows arrays and nothing else: no code in them is run."""
 
 import codecs
 import pickle
@@ -7,7 +7,7 @@ from typing import IO, Any
 import numpy as np
 
 _RECONSTRUCT, _SCALAR = np.empty(0).__reduce__()[0], np.int64(0).__reduce__()[0]
-# What a pickle names for an array and a number, by numpy 1 and 2, and for bytes in a protocol that has none.
+# What a pickle names for an array or a number (numpy 1 and 2), and for bytes in a protocol without them.
 ARRAYS = {
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): np.dtype,
@@ -29,7 +29,7 @@ class _Arrays(pickle.Unpickler):
 def load(file: IO[bytes]) -> Any:
     """The containers, texts, numbers and arrays in a pickle; Python 2's byte strings as text of the same code points.
 
-    Raises ValueError if it names anything else, which is not even looked up; and, if it is damaged, what pickle and
-    numpy raise then.
+    Raises ValueError if it names anything else, which is not even looked up, and whatever pickle and numpy raise if it
+    is damaged.
     """
     return _Arrays(file, encoding="latin1").load()

@@ -1,6 +1,6 @@
-"""Files that somebody published with their digest: found in a directory or downloaded, and never used unchecked.
+"""Finds or downloads files that were published with a digest; none is used unchecked.
 
-A digest is an MD5 or a SHA-256 in hex, told apart by its length. A download is kept in `NAME.part` until it is complete
+A digest is an MD5 or a SHA-256 in hex, told apart by its length. A download stays in `NAME.part` until it is complete
 and has its digest, so nothing else is ever found under the final name; see `partial.py` and `fetch.py`.
 """
 
@@ -24,7 +24,7 @@ from dcgan.data.store import SourceFile
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 2  # a corrupt download is refetched once (design, section 6)
-REMEMBERED = 1 << 30  # bytes from which a check is remembered: what is smaller is hashed in a second or two
+REMEMBERED = 1 << 30  # bytes from which on a check is remembered; a smaller file is hashed in a second or two
 ALGORITHMS = {32: ("MD5", "md5"), 64: ("SHA-256", "sha256")}  # by the number of hex digits
 
 
@@ -36,7 +36,7 @@ def is_address(source: str) -> bool:
 def find(source: str, candidates: Sequence[str]) -> Path:
     """The first of the candidate paths, relative to the directory `source`, that exists.
 
-    Raises FileNotFoundError, naming `source`, if it is no directory or has none of them.
+    Raises FileNotFoundError, naming `source`, if it is not a directory or has none of them.
     """
     root = Path(source).expanduser().absolute()
     if not root.is_dir():
@@ -50,7 +50,7 @@ def find(source: str, candidates: Sequence[str]) -> Path:
 def check(path: Path, digest: str) -> Path:
     """`path`, if it has the published digest; raises CorruptError, naming the file, if not, or FileNotFoundError.
 
-    It is hashed at every call: a note that says otherwise may have come with the file, from whoever forged it.
+    It is hashed on every call: a note of an earlier check may have come with the file, from whoever forged it.
     """
     if problem := _problem(path, digest):
         raise storage.CorruptError(f"{path} {problem}")
@@ -65,10 +65,10 @@ def describe(path: Path) -> SourceFile:
 def fetch(addresses: Sequence[str], name: str, digest: str, folder: Path, data: Data) -> Path:
     """`folder/name`, downloaded from the first address that gives the published bytes, unless it is there already.
 
-    addresses: http(s):// or s3:// directories; the mirror `data.source`, if it is given, stands in their place. A
-    download goes on where it was killed or cut off, whichever address it came from. Raises DownloadError when all
-    addresses failed, FileNotFoundError if the file is to be downloaded and `data.offline` forbids it, or OSError,
-    naming the path, if it can't be written; what was downloaded until then is used next time.
+    addresses: http(s):// or s3:// directories; the mirror `data.source`, if given, replaces them. A download resumes
+    where it was killed or cut off, whichever address it came from. Raises DownloadError if all addresses fail,
+    FileNotFoundError if the file would have to be downloaded and `data.offline` forbids it, or OSError, naming the
+    path, if it can't be written; what was downloaded by then is used next time.
     """
     path = folder / name
     urls = [f"{address.rstrip('/')}/{name}" for address in ([data.source] if data.source else addresses)]
@@ -79,7 +79,7 @@ def fetch(addresses: Sequence[str], name: str, digest: str, folder: Path, data: 
         lacking = "is not the published file" if path.exists() else "is missing"
         raise FileNotFoundError(f"{path} {lacking}, and data.offline=true: put {places} there")
     with partial(path) as part:
-        if not _is_there(path, digest):  # another process may have been at it until now
+        if not _is_there(path, digest):  # another process may just have downloaded it
             _download(urls, part, digest)
     return path
 
@@ -87,16 +87,16 @@ def fetch(addresses: Sequence[str], name: str, digest: str, folder: Path, data: 
 def locate(
     data: Data, addresses: Sequence[str], name: str, digest: str, downloads: Path, candidates: Sequence[str]
 ) -> Path:
-    """What is first found of the candidates in the directory `data.source`; without one, `name`, fetched."""
+    """The first of the candidates found in the directory `data.source`; if it is unset or a mirror, `name`, fetched."""
     if data.source is None or is_address(data.source):
         return fetch(addresses, name, digest, downloads, data)
     return find(data.source, candidates)
 
 
 def unpack(archive: Path, digest: str, names: Iterable[str], folder: Path) -> Path:
-    """The files `names` of the archive's directory of the same name as `folder`, written there; nothing else is.
+    """Write the files `names`, and no others, from the archive's directory with `folder`'s name into `folder`.
 
-    Raises CorruptError, naming the archive, if it has not the published digest.
+    Raises CorruptError, naming the archive, if it does not have the published digest.
     """
     check(archive, digest)
     with tarfile.open(archive) as opened:
@@ -121,9 +121,9 @@ def _is_there(path: Path, digest: str) -> bool:
 
 
 def _remember(path: Path, digest: str) -> None:
-    """Note that a large file has this digest, for as long as its length and time of change stay what they are."""
+    """Record that a large file has this digest, valid while its length and modification time are unchanged."""
     if path.stat().st_size >= REMEMBERED:
-        with suppress(OSError):  # a directory that can't be written costs a hash each time, no more
+        with suppress(OSError):  # a directory that can't be written only costs a hash each time
             storage.write_json(_note(path), _state(path, digest))
 
 
@@ -172,7 +172,7 @@ def _download(urls: Sequence[str], part: Partial, digest: str) -> None:
 
 
 def _try(url: str, part: Partial, digest: str) -> network.Refused | network.Interrupted | None:
-    """What is wrong with this address, None if `part` is the published file now."""
+    """What is wrong with this address, or None if `part` is now the published file."""
     problem = ""
     for _ in range(ATTEMPTS):
         try:

@@ -1,11 +1,12 @@
 """SVHN (Netzer et al. 2011), cropped digits: 73,257 + 26,032 colour images of ten digits, 32x32; 531,131 extra ones.
 
-Addresses and MD5 are torchvision's. The paper (section 5.2) holds 10,000 of the 73,257 out for every choice. Its code
+Addresses and MD5 are torchvision's. The paper (section 5.2) holds out 10,000 of the 73,257 for every choice. Its code
 (Newmu/dcgan_code, svhn/load.py) takes the first 10,000 after a shuffle by the generator of lib/rng.py, NumPy's
-RandomState(42), from which nothing was drawn before. The same 10,000 are held out; both parts keep the file's order.
+RandomState(42), from which nothing was drawn before. Here the same 10,000 are held out; both parts keep the file's
+order.
 
-Memory: the images of all files at once, uncompressed, and those of the training file twice while they are divided:
-0.5 GB, or 2.2 GB with data.extra. Decompressing takes no more (measured: 1.01 times the images of a file).
+Memory: the images of all files at once, uncompressed, and those of the training file twice while they are split: 0.5
+GB, or 2.2 GB with data.extra. Decompressing takes no more (measured: 1.01 times the images of a file).
 """
 
 from collections.abc import Mapping
@@ -40,7 +41,7 @@ def signature(data: Data) -> Any:
 
 
 def read(data: Data, downloads: Path) -> Opened:
-    """Splits train, validation, test and, with data.extra, extra, which is trained on, too; see `base.Source`.
+    """Splits train, validation, test and, with data.extra, extra, which is also trained on; see `base.Source`.
 
     data.source: a directory of the .mat files, or a mirror of them.
     """
@@ -68,7 +69,7 @@ def _file(name: str, md5: str, data: Data, downloads: Path) -> Path:
 
 def _pixels(path: Path) -> Pixels:
     """The images of a .mat file, X (32, 32, 3, N), and their labels, y (N, 1) from 1 to 10, where 10 is the digit 0."""
-    from scipy.io import loadmat  # seconds, needed by this data set alone
+    from scipy.io import loadmat  # takes seconds; only this data set needs it
 
     content = loadmat(path, variable_names=["X", "y"])
     labels = content["y"].reshape(-1).astype(np.int64)
@@ -76,7 +77,7 @@ def _pixels(path: Path) -> Pixels:
 
 
 def _divided(whole: Pixels) -> tuple[Pixels, Pixels]:
-    """The training images without those held out for validation, and those."""
+    """The training images without those held out for validation, and the held-out ones."""
     assert whole.labels is not None
     held = np.zeros(len(whole), bool)
     held[np.random.RandomState(SEED).permutation(len(whole))[:HELD_OUT]] = True

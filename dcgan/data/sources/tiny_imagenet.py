@@ -1,7 +1,8 @@
 """Tiny ImageNet (Stanford CS231n): 100,000 + 10,000 photographs of 200 of ImageNet's classes, 64x64.
 
-Address from the course's page, MD5 as several loaders have it. The images are read in place, inside the zip file. The
-validation images, whose labels are published, are the split `test`; the published test images have no labels.
+The address is from the course's page, the MD5 is the one that several loaders have. The images are read in place,
+inside the zip file. The validation images, whose labels are published, are the split `test`; the published test images
+have no labels.
 """
 
 from collections.abc import Mapping
@@ -25,7 +26,7 @@ Tree = Mapping[str, Member]  # by path in the data set
 
 
 def signature(data: Data) -> Any:
-    """The MD5 of the zip file, or a hash of the names, lengths and times of change of a tree; see `base.Source`."""
+    """The MD5 of the zip file, or a hash of the names, lengths and modification times of a tree; see `base.Source`."""
     if data.source and not published.is_address(data.source):
         found = _find(data.source)
         if found.name != ARCHIVE:
@@ -96,7 +97,7 @@ def _training(tree: Tree, label: Mapping[str, int]) -> list[Entry]:
 
 
 def _validation(tree: Tree, label: Mapping[str, int], found: Path) -> list[Entry]:
-    """val/images/<name>, as annotated, in that order. A line is: name, class and a box, with tabs between."""
+    """val/images/<name>, as annotated, in that order. A line is: name, class and a box, separated by tabs."""
     entries = []
     for line in _text(tree, "val/val_annotations.txt", found).splitlines():
         name, wnid, *_ = [*line.split("\t"), ""]

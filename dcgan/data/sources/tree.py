@@ -1,7 +1,7 @@
 """A data set that is a tree of files: a directory, or everything below an s3:// address, staged into a directory.
 
-A staged file has the length and the time of change of its object, which is how the next staging knows it; nothing else
-is remembered. A kill at any moment loses no more than the pieces in flight.
+A staged file has the length and the modification time of its object, by which the next staging recognises it; nothing
+else is remembered of it. A kill at any moment loses no more than the pieces in flight.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class Item(NamedTuple):
-    """An object: its key, its path in the tree, its bytes and its time of change in nanoseconds."""
+    """An object: its key, its path in the tree, its size in bytes and its modification time in nanoseconds."""
 
     key: str
     path: str
@@ -33,7 +33,7 @@ class Item(NamedTuple):
     changed: int
 
     def is_at(self, path: Path) -> bool:
-        """Whether `path` is this object, staged before."""
+        """Whether `path` is this object, already staged."""
         try:
             seen = path.stat()
         except (FileNotFoundError, NotADirectoryError):
@@ -42,11 +42,11 @@ class Item(NamedTuple):
 
 
 def tree(data: Data, folder: Path) -> Path:
-    """The directory of `data.source`: itself, or if it is at s3://, a copy below `folder` brought up to date.
+    """The directory of `data.source`: itself or, if it is at s3://, a copy below `folder` that is brought up to date.
 
     The copy has the same relative paths; files that are no longer at the address are removed from it. Raises
-    FileNotFoundError if there is no such directory, if nothing is at the address, or if the copy is not complete and
-    `data.offline` forbids to complete it; ValueError for http(s) and for a key that is no path below the address;
+    FileNotFoundError if there is no such directory, if nothing is at the address, or if the copy is incomplete and
+    `data.offline` forbids completing it; ValueError for http(s) and for a key that is no path below the address;
     fetch.DownloadError if the address can't be read, and OSError, naming the path, if the copy can't be written.
     """
     source = data.source or ""
@@ -92,7 +92,7 @@ class Staging:
         """Bring the tree up to date."""
         start = last = time.monotonic()
         log.info("%s: staging %s", self.root, self.address)
-        self._aside.mkdir(exist_ok=True)  # what a kill left is gone on with
+        self._aside.mkdir(exist_ok=True)  # what a kill left is resumed
         bucket, paths = fetch.Bucket(self.address), set[str]()
         with ThreadPoolExecutor(fetch.CONNECTIONS) as pool:
             try:
@@ -141,10 +141,10 @@ class Staging:
         return item
 
     def _copy(self, bucket: fetch.Bucket, item: Item, aside: Path) -> None:
-        """What `aside` lacks of an object, whose version its name has."""
+        """Fetch what `aside`, whose name tells the object's version, lacks of it."""
         with naming(aside), aside.open("ab") as file:
             for piece in bucket.pieces(item.key, _bytes(aside), item.size):
-                if self._ended.is_set():  # by Ctrl-C or another object's fault: the rest may be hours
+                if self._ended.is_set():  # by Ctrl-C or another object's failure: the rest may take hours
                     raise fetch.Refused("the staging has ended")
                 file.write(piece)
         if (arrived := _bytes(aside)) != item.size:
@@ -168,10 +168,10 @@ class Staging:
 
 
 def _is_marker(entry: dict[str, Any]) -> bool:
-    """Whether an object is what a console makes to show an empty directory."""
+    """Whether an object is a console's placeholder for an empty directory."""
     return entry["Key"].endswith("/") and entry["Size"] == 0
 
 
 def _bytes(file: Path) -> int:
-    """Its length; 0 if it is not there."""
+    """A file's length; 0 if it is not there."""
     return file.stat().st_size if file.exists() else 0
