@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _refuse(error)
     except KeyboardInterrupt:
-        print("dcgan: stopped; the same command goes on from here", file=sys.stderr)
+        print("dcgan: stopped; the same command continues from here", file=sys.stderr)
         return INTERRUPTED
     return 0
 
@@ -146,7 +146,7 @@ def _evaluate(run: Run) -> None:
     from dcgan import stages, tables
 
     if not stages.protocols(run):
-        print("not scored: the images have no classes")
+        print("not scored: scoring needs images of at least two classes")
         return
     for protocol in stages.protocols(run):
         print(f"scoring {protocol}", flush=True)
@@ -173,7 +173,7 @@ def run_path(word: str) -> Path:
         if (path / "experiment.json").is_file():
             return path
     if word in PRESETS:
-        raise ValueError(f"{word} is a preset; this command takes a run of it, which `dcgan ingest {word}` names")
+        raise ValueError(f"{word} is a preset; this command takes a run; `dcgan ingest {word}` prints its path")
     names = sorted(path.parent.name for path in runs.glob("*/experiment.json"))
     known = f"; presets are {', '.join(PRESETS)}, runs are looked for in {runs}"
     raise ValueError(f"{word!r} is neither a preset nor a run{config.meant(word, [*PRESETS, *names]) or known}")
@@ -186,7 +186,7 @@ def _changed(run: Run, overrides: Sequence[str]) -> Run:
     experiment = config.override(run.experiment.model_dump(mode="json"), overrides)
     for word in overrides:
         if word.partition(".")[0] not in RUN_SECTIONS:
-            raise ValueError(f"{word} would make another run of {run.name}; give a preset, not a run, to set it")
+            raise ValueError(f"{word} would make {run.name} another run; give the preset instead of the run to set it")
         if word.startswith("evaluate.images"):
             raise ValueError(f"{word} asks for images to be ingested; give {run.name}'s preset, not the run, to set it")
     changed = dataclasses.replace(run, experiment=experiment)
@@ -221,7 +221,11 @@ def _parser() -> Parser:
         command.epilog = f"{_presets()}\n\n{_keys()}"
         command.add_argument("target", metavar="PRESET|RUN", help="a preset, a run directory, or a run's name")
         command.add_argument(
-            "overrides", metavar="key=value", nargs="*", default=[], help="of a run: compute.* and evaluate.*"
+            "overrides",
+            metavar="key=value",
+            nargs="*",
+            default=[],
+            help="settings; of an existing run only compute.* and evaluate.*",
         )
         command.set_defaults(command=function)
     _add_sample(commands)
@@ -237,9 +241,12 @@ def _add_sample(commands: "argparse._SubParsersAction[Parser]") -> None:
     command = commands.add_parser("sample", help="draw a grid of images from a checkpoint; needs no data, no server")
     command.add_argument("source", metavar="RUN|CHECKPOINT", help="a run, or a directory checkpoints/<step>")
     command.add_argument(
-        "--count", type=_at_least(1), default=64, help="images; a class, if conditional (default %(default)s)"
+        "--count",
+        type=_at_least(1),
+        default=64,
+        help="how many images; per class, if conditional (default %(default)s)",
     )
-    command.add_argument("--seed", type=_at_least(0), default=0, help="of z (default %(default)s)")
+    command.add_argument("--seed", type=_at_least(0), default=0, help="random seed of z (default %(default)s)")
     command.add_argument("--out", type=Path, default=Path("grid.png"), help="the PNG (default %(default)s)")
     command.set_defaults(command=sample)
 

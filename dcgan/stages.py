@@ -134,7 +134,7 @@ def _raise_if_it_ended_early(run: Run) -> None:
         if event["event"] == "non_finite":
             raise DivergedError(f"run {run.name}: {event['message']}")
     if (step := max(checkpoint.steps(run), default=0)) < run.experiment.train.steps:
-        raise StoppedError(f"run {run.name} was stopped at step {step}, which is kept; the same command goes on")
+        raise StoppedError(f"run {run.name} was stopped at step {step}, which is kept; the same command continues")
 
 
 @contextmanager

@@ -206,7 +206,7 @@ def _follow(run: Run, stop: threading.Event) -> None:
                 away, delivered = False, found
             except TrackingError as error:
                 if not away:
-                    log.warning("%s; training goes on and the record is kept in %s", error, run.path)
+                    log.warning("%s; training continues and the record is kept in %s", error, run.path)
                 away, pause = True, EVERY
         if last:
             return

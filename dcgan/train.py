@@ -88,7 +88,7 @@ def train(run: Run) -> None:
                     break
         distributed.barrier(place)  # a rank that ended first would have torchrun kill the one still writing
     if done < settings.steps:
-        raise StoppedError(f"run {run.name} was stopped at step {done}, which is kept; the same command goes on")
+        raise StoppedError(f"run {run.name} was stopped at step {done}, which is kept; the same command continues")
 
 
 class Window:
@@ -174,7 +174,7 @@ if __name__ == "__main__":
         with preemption.awaited(opened):
             train(opened)
     except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on from here")
+        sys.exit("stopped; the same command continues from here")
     except (ValueError, OSError, RuntimeError) as error:
         if not is_for_users(error):
             raise

@@ -107,7 +107,7 @@ def main(words: list[str]) -> int:
     try:
         state = train_eval(preset, overrides, return_state=True)
     except KeyboardInterrupt:
-        say("stopped; the same command goes on from here")
+        say("stopped; the same command continues from here")
         return 130
     except RuntimeError as error:
         if not str(error).startswith(UNREACHABLE):

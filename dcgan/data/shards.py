@@ -19,7 +19,7 @@ from dcgan.data.decode import UnreadableError, decode, square
 from dcgan.data.records import Item, Records
 
 BYTES = 2**26  # maximum of a shard: what a process holds in memory, and one upload; 4,096 images at 64 px RGB
-ADVICE = "set data.unreadable=skip, which goes on from here, or remove it, which begins anew"
+ADVICE = "set data.unreadable=skip, which continues from here, or remove it, which starts over"
 BLOCK = 16  # images whose statistics are computed at once: what the processor's cache holds
 
 

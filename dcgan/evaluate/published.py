@@ -39,14 +39,14 @@ PUBLISHED: dict[str, dict[str, Published]] = {
     "cifar10": {
         "svm/accuracy": Published(0.828, f"{PAPER}, table 1; trained on ImageNet-1k", "DCGAN + L2-SVM"),
         "svm_few_labels/accuracy": Published(
-            0.738, f"{PAPER}, table 1; 400 labels a class, +- 0.004; trained on ImageNet-1k", "DCGAN + L2-SVM"
+            0.738, f"{PAPER}, table 1; 400 labels per class, +- 0.004; trained on ImageNet-1k", "DCGAN + L2-SVM"
         ),
         **_gan(0.2646, 0.1757, 0.3152),
     },
     "mnist": _gan(0.7637, 0.7360, 0.8279),
     "svhn": {
         "svm_few_labels/accuracy": Published(
-            0.7752, f"{PAPER}, table 2; 100 labels a class; later replaced by 0.7782 +- 0.0113", "DCGAN + L2-SVM"
+            0.7752, f"{PAPER}, table 2; 100 labels per class; later replaced by 0.7782 +- 0.0113", "DCGAN + L2-SVM"
         )
     },
     "cifar100": _gan(0.1200, 0.0453, 0.1510),
@@ -91,7 +91,7 @@ OTHERS: dict[str, dict[str, tuple[Published, ...]]] = {
             }.items()
         ),
         "svm_few_labels/accuracy": tuple(
-            Published(value, f"{PAPER}, table 1; 400 labels a class", method)
+            Published(value, f"{PAPER}, table 1; 400 labels per class", method)
             for method, value in {
                 "1-layer k-means": 0.637,
                 "3-layer k-means, learned RF": 0.707,

@@ -151,7 +151,7 @@ def check(
         if labels.min() < 0:
             raise ValueError(f"{split} has {(labels < 0).sum()} images without a label: this protocol needs labels")
         if train_x.shape[1] != features.shape[1]:
-            raise ValueError(f"train has {train_x.shape[1]} features an image and {split} {features.shape[1]}")
+            raise ValueError(f"train has {train_x.shape[1]} features per image and {split} {features.shape[1]}")
     if (train_y == train_y[0]).all():
         raise ValueError(f"train has one class only, {train_y[0]}: there is nothing to tell apart")
 
@@ -232,7 +232,7 @@ def hold_out(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """
     classes, sizes = np.unique(labels, return_counts=True)
     if sizes.max() < 2:
-        raise ValueError(f"{len(labels)} labels, one a class: none can be held out to choose a setting")
+        raise ValueError(f"{len(labels)} labels, one per class: none can be held out to choose a setting")
     shares = np.where(sizes > 1, np.maximum(sizes // 5, 1), 0)
     held = _choose(labels, dict(zip(classes, shares, strict=True)), np.random.default_rng(seed))
     return np.setdiff1d(np.arange(len(labels)), held), held

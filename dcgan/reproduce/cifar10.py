@@ -22,7 +22,7 @@ def _patch_kmeans(centroids: int, setting: Setting) -> Measured:
     return Measured(
         {"accuracy": Figure(found["patch_kmeans/accuracy"]), "few": few},
         f"{centroids:,} centroids of 400,000 patches; all {len(train_y):,} labels, "
-        f"{settings.labels_per_class} a class in each draw",
+        f"{settings.labels_per_class} per class in each draw",
         choices={"few labels' c": found["patch_kmeans/few_labels_c"]},
     )
 
@@ -45,7 +45,7 @@ TABLE = Table(
     "CIFAR-10 classification",
     (
         Column("accuracy", "accuracy, all labels, %", percent=True),
-        Column("few", "accuracy, 400 labels a class, %", percent=True),
+        Column("few", "accuracy, 400 labels per class, %", percent=True),
     ),
     (
         Row("patch_kmeans_400", "1-layer k-means, 400 centroids", {}, "", partial(_patch_kmeans, 400)),

@@ -131,7 +131,9 @@ def test_missing_credentials_are_said_at_once(store: s3.Store, tmp_path: Path, m
 def test_offline_opens_no_connection(store: s3.Store, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"data\.offline=true: put s3://bucket/m/f there"):
         get(store, "bucket/m", tmp_path, offline=True)
-    with pytest.raises(FileNotFoundError, match=r"is not complete, and data\.offline=true: .* all of s3://bucket/tree"):
+    with pytest.raises(
+        FileNotFoundError, match=r"is not complete, and data\.offline=true: .* complete copy of s3://bucket/tree"
+    ):
         published.tree(given(store, "bucket/tree", offline=True), tmp_path)
     assert store.log == []
 

@@ -117,7 +117,7 @@ def test_of_a_run_only_compute_and_evaluate_can_be_changed(ran: SimpleNamespace,
     for word in ("evaluate.images=mnist", "evaluate.images_source=/elsewhere"):
         assert refusal("evaluate", str(copy), word).startswith(f"{word} asks for images to be ingested; give ")
     for word in ("train.steps=9", "model.width=8", "data.source=/elsewhere", "data.home=/elsewhere"):
-        assert refusal("train", str(copy), word).startswith(f"{word} would make another run of {ran.run.name}")
+        assert refusal("train", str(copy), word).startswith(f"{word} would make {ran.run.name}")
     assert Run.open(copy) == changed
 
 
@@ -182,7 +182,7 @@ def test_a_run_in_use_is_named_in_one_line(home: Path, monkeypatch: pytest.Monke
         ("train digits model.kernel=3 data.size=28", "model.kernel=3 makes 32, 64 or 128 pixels, not data.size=28"),
         ("train digits evaluate.labels_per_class=200", "evaluate.labels_per_class=200, but class "),
         ("train digits evaluate.labels=3 evaluate.protocols=[knn]", "evaluate.labels=3 leaves none of class "),
-        ("train digits data.offline=true data.remote=s3://b/c", "and data.remote needs one: unset either"),
+        ("train digits data.offline=true data.remote=s3://b/c", "and data.remote needs one: unset one of them"),
         ("train digits train.batch_size=100000", "train.batch_size=100000 exceeds the "),
         ("ingest folder", "data.name=folder needs data.source=DIRECTORY"),
         ("ingest folder data.source=/nowhere/at/all", "/nowhere/at/all"),
@@ -191,7 +191,7 @@ def test_a_run_in_use_is_named_in_one_line(home: Path, monkeypatch: pytest.Monke
             "data.source: an address at host with a user, a password",
         ),
         ("ingest mnist data.source=https://host/mnist?sig=secret", "data.source: an address at host with a user, a"),
-        ("sample digits", "digits is a preset; this command takes a run of it, which `dcgan ingest digits` names"),
+        ("sample digits", "digits is a preset; this command takes a run; `dcgan ingest digits` prints its path"),
         ("sync nothing-at-all", "'nothing-at-all' is neither a preset nor a run; presets are digits, mnist"),
         ("sample . --count 0", "argument --count: '0' is not a whole number of at least 1"),
         ("sample . --seed -1", "argument --seed: "),
@@ -228,7 +228,7 @@ def test_ctrl_c_says_that_the_same_command_goes_on(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(stages, "sample", interrupt)
     done = dcgan("sample", ".")
-    assert (done.code, done.err) == (130, "dcgan: stopped; the same command goes on from here\n")
+    assert (done.code, done.err) == (130, "dcgan: stopped; the same command continues from here\n")
 
 
 def test_help_lists_the_commands_and_presets() -> None:

@@ -180,7 +180,7 @@ def _judged(error: HTTPError) -> Refused | Interrupted:
     if error.code != 416 and error.code < 500 and error.code not in TRANSIENT:
         return Refused(said)
     if wait > PATIENCE:
-        return Refused(f"{said}, which asks to be left alone for {wait:.0f} s")
+        return Refused(f"{said}, which asks clients to wait {wait:.0f} s")
     return Interrupted(said, wait)
 
 

@@ -163,7 +163,7 @@ def locked(path: Path) -> Iterator[BinaryIO]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                log.info("%s: another process is at it; waiting", path)
+                log.info("%s: another process is writing it; waiting", path)
                 fcntl.flock(file, fcntl.LOCK_EX)
             if _is_at(path, file):
                 yield file

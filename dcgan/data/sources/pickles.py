@@ -22,7 +22,7 @@ ARRAYS = {
 class _Arrays(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in ARRAYS:
-            raise ValueError(f"a pickle names {module}.{name}, which is no array")
+            raise ValueError(f"a pickle refers to {module}.{name}; only arrays, numbers and containers are read")
         return ARRAYS[module, name]
 
 

@@ -67,7 +67,7 @@ def _staged(address: str, folder: Path, offline: bool) -> Path:
         if staging.complete.exists() and staging.root.is_dir():
             return staging.root
         raise FileNotFoundError(
-            f"{staging.root} is not complete, and data.offline=true: it is to have all of {address}"
+            f"{staging.root} is not complete, and data.offline=true: it must be a complete copy of {address}"
         )
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / f".{name}.lock"):

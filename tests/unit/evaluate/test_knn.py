@@ -126,7 +126,7 @@ def test_refusals():
         knn.score(train_x[train_y > 0], train_y[train_y > 0], test_x, test_y, Evaluate())
     with pytest.raises(ValueError, match="train has one class only, 1"):
         knn.score(train_x, np.ones_like(train_y), test_x, test_y, Evaluate())
-    with pytest.raises(ValueError, match="train has 6 features an image and test 5"):
+    with pytest.raises(ValueError, match="train has 6 features per image and test 5"):
         knn.score(train_x, train_y, test_x[:, :5], test_y, Evaluate())
     train_x[1, 0] = np.nan
     with pytest.raises(ValueError, match="train features hold nan: image 1, feature 0"):

@@ -281,7 +281,7 @@ def test_easy_classes_score_one_and_random_labels_score_chance():
         ({"train_y": np.full(240, -1)}, "train has 240 images without a label"),
         ({"train_y": np.arange(240) % 2}, "train has no image of class 2, which test has"),
         ({"test_images": np.zeros((90, 1, 12, 12))}, "images are float64"),
-        ({"test_images": np.zeros((90, 1, 13, 13), np.uint8)}, "144 features an image and test 169"),
+        ({"test_images": np.zeros((90, 1, 13, 13), np.uint8)}, "144 features per image and test 169"),
     ],
 )
 def test_refuses_before_the_work(monkeypatch, changed, message):

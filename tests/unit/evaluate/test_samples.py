@@ -92,7 +92,7 @@ def test_refusals_of_choices_name_the_numbers():
         labelled(np.arange(10), 11, 0)
     with pytest.raises(ValueError, match=r"evaluate.labels=2 leaves none of class 5"):
         labelled(np.array([0, 1] * 50 + [5]), 2, 0)
-    with pytest.raises(ValueError, match=r"4 labels, one a class"):
+    with pytest.raises(ValueError, match=r"4 labels, one per class"):
         hold_out(np.arange(4), 0)
 
 
@@ -120,7 +120,7 @@ def test_check_names_what_is_wrong():
         check(x, y, test_x, np.array([0, 1, -1, -1, 0, 1]))
     with pytest.raises(ValueError, match=r"train has one class only, 2"):
         check(x, np.full(12, 2), test_x, test_y)
-    with pytest.raises(ValueError, match=r"train has 3 features an image and test 2"):
+    with pytest.raises(ValueError, match=r"train has 3 features per image and test 2"):
         check(x, y, test_x[:, :2], test_y)
     with pytest.raises(ValueError, match=r"train has features \(12, 3\) and labels \(11,\)"):
         check(x, y[:11], test_x, test_y)

@@ -41,7 +41,7 @@ def test_byte_strings_of_python_2_are_text() -> None:
 
 def test_a_pickle_that_would_run_code_is_refused_by_name(tmp_path: Path) -> None:
     for protocol in range(6):
-        with pytest.raises(ValueError, match=r"a pickle names posix\.mkdir, which is no array"):
+        with pytest.raises(ValueError, match=r"a pickle refers to posix\.mkdir; only arrays"):
             pickles.load(io.BytesIO(pickle.dumps(Bomb(tmp_path / "marker"), protocol)))
     assert not (tmp_path / "marker").exists()
 
@@ -58,5 +58,5 @@ def test_a_pickle_that_would_run_code_is_refused_by_name(tmp_path: Path) -> None
     ],
 )
 def test_nothing_but_arrays_is_named(raw: bytes) -> None:
-    with pytest.raises(ValueError, match=r"a pickle names|unregistered extension"):
+    with pytest.raises(ValueError, match=r"a pickle refers to|unregistered extension"):
         pickles.load(io.BytesIO(raw))

@@ -383,7 +383,7 @@ def test_a_pause_that_is_too_long_is_a_refusal_and_nonsense_is_none(
         assert get(tmp_path, mirror.address) == GOOD
         assert max(pauses) <= fetch.DELAY
     else:
-        with pytest.raises(published.DownloadError, match=r"HTTP 503 .* left alone for 86400 s"):
+        with pytest.raises(published.DownloadError, match=r"HTTP 503 .* clients to wait 86400 s"):
             get(tmp_path, mirror.address)
         assert pauses == []
 
