@@ -216,6 +216,7 @@ def down() -> None:
             _cancel_flow_runs()
         except (OSError, ValueError) as error:  # no answer, or another program's
             say(f"flow runs could not be cancelled: {error}")
+    _end_flow_runs()
     for service in (WORKER, *reversed(SERVERS)):
         if service.stop():
             say(f"stopped {service.name}")
@@ -279,6 +280,34 @@ def _cancel_flow_runs() -> None:
     cancelling = {"flow_runs": {**deployed, "state": {"type": {"any_": ["CANCELLING"]}}}}
     while _post("flow_runs/filter", cancelling) and time.monotonic() < deadline:
         time.sleep(0.5)
+
+
+def _end_flow_runs() -> None:
+    """End those that still run: once the server was restarted, none hears that it is cancelled.
+
+    Their sessions are their own, so they outlive the worker. SIGTERM goes to the flow's process alone, which has Ray's
+    workers keep a checkpoint first.
+    """
+    left = _flow_runs()
+    for pid in left:
+        say(f"stopping the flow run of process {pid}")
+        os.kill(pid, signal.SIGTERM)
+    deadline = time.monotonic() + STOP_SECONDS
+    while set(left) & set(_flow_runs()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for pid in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+
+
+def _flow_runs() -> list[int]:
+    """The processes of flow runs that report to this server."""
+    found, ours = [], f"PREFECT_API_URL={PREFECT}/api".encode()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+            if b"prefect.engine" in (process / "cmdline").read_bytes().split(b"\0"):
+                found += [int(process.name)] * (ours in (process / "environ").read_bytes().split(b"\0"))
+    return found
 
 
 def _post(path: str, content: dict[str, Any]) -> Any:

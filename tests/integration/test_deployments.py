@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from dcgan import config
+from dcgan import checkpoint, config
 from dcgan.reproduce import TABLES
 from dcgan.run import Run
 from dcgan.tracking import Ledger
@@ -178,13 +179,20 @@ def test_cancelled_flow_stops_its_ray_workers_and_its_mlflow_run(stack: Stack) -
     until(lambda: not any("ray::" in command or "raylet" in command for command in stack.processes()), 60)
 
 
-def test_up_again_starts_nothing_twice_and_down_leaves_nothing(stack: Stack) -> None:
+def test_a_server_that_dies_ends_nothing_up_again_starts_nothing_twice_and_down_leaves_nothing(stack: Stack) -> None:
+    before = set(stack.home.glob("runs/*"))
+    words = [*SMALL, "train.steps=1000001", "train.checkpoint_every=1000000", "compute.workers=1"]
+    stack.prefect("deployment", "run", "train-eval/digits", "-p", f"overrides={json.dumps(words)}")
+    until(lambda: [run for run in set(stack.home.glob("runs/*")) - before if (run / "metrics.jsonl").exists()], 300)
+    (run,) = map(Run.open, set(stack.home.glob("runs/*")) - before)
+    server = int((stack.home / "services" / "prefect.pid").read_text().split()[0])
+    os.killpg(server, signal.SIGKILL)
+    assert stack.local("up").returncode == 0
+    done = len(run.metrics())
+    until(lambda: len(run.metrics()) > done + 10, 60)
+
     pids = {path.name: path.read_text() for path in (stack.home / "services").glob("*.pid")}
     assert len(pids) == 3
-
-    assert stack.local("up").returncode == 0
-    assert {path.name: path.read_text() for path in (stack.home / "services").glob("*.pid")} == pids
-
     # Whoever forgets the ports means the servers that run, not those of others at the usual ports.
     elsewhere = Stack(stack.home, {**stack.environment, "PREFECT_PORT": free_port()})
     refused = elsewhere.local("up")
@@ -193,20 +201,16 @@ def test_up_again_starts_nothing_twice_and_down_leaves_nothing(stack: Stack) -> 
     ports = {"PREFECT_PORT", "MLFLOW_PORT"}
     forgotten = Stack(stack.home, {name: value for name, value in stack.environment.items() if name not in ports})
     assert forgotten.local("up").returncode == 0
-    assert forgotten.local("down").returncode == 0
+    assert {path.name: path.read_text() for path in (stack.home / "services").glob("*.pid")} == pids
+
+    script = "import sys; sys.path.insert(0, 'infra'); import local; local.STOP_SECONDS = 20; local.down()"
+    ended = forgotten.call(sys.executable, "-c", script)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "stopping the flow run of process" in ended.stdout, "Prefect no longer can"
     assert stack.processes() == []
     assert list((stack.home / "services").glob("*.pid")) == []
-
-
-def test_port_that_is_taken_is_named(stack: Stack, tmp_path: Path) -> None:
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        other.listen()
-        port = str(other.getsockname()[1])
-        taken = Stack(tmp_path, {**stack.environment, "DCGAN_HOME": str(tmp_path), "PREFECT_PORT": port})
-        done = taken.local("up")
-    assert done.returncode == 1
-    assert done.stderr == f"error: port {port} is in use by another program: set PREFECT_PORT to a free one\n"
+    (step,) = checkpoint.steps(run)
+    assert run.metrics()[-1]["step"] == step
 
 
 def test_a_torn_pid_file_is_of_nothing_that_runs(tmp_path: Path) -> None:
