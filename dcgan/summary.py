@@ -180,8 +180,9 @@ def commit() -> str:
 
 
 def trained_by(run: Run) -> str:
-    """The commit of the code that trained a run."""
-    return _commit(json.loads((run.path / "environment.json").read_text()))
+    """The commit of the code that trained a run; "" if that was not recorded, as under torchrun."""
+    file = run.path / "environment.json"
+    return _commit(json.loads(file.read_text())) if file.is_file() else ""
 
 
 def _commit(found: dict[str, Any]) -> str:

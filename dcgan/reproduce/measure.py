@@ -111,11 +111,10 @@ def _once(table: str, row: Row, overrides: tuple[str, ...], seed: int) -> dict[s
 
 
 def _commits(runs: Iterable[Run]) -> Iterator[str]:
-    """The commits of the code that trained the runs and scored them."""
+    """Commits of the code that trained the runs and scored them, as far as they were recorded."""
     for run in runs:
-        yield summary.trained_by(run)
-        for content in run.scores().values():
-            yield content["commit"]
+        found = [summary.trained_by(run), *(content.get("commit", "") for content in run.scores().values())]
+        yield from filter(None, found)
 
 
 @contextmanager

@@ -111,21 +111,3 @@ def test_a_killed_flow_resumes_with_the_same_command_bit_for_bit(home, tmp_path)
     for name in ("generator", "discriminator"):
         for key, value in uninterrupted[name].items():
             assert torch.equal(resumed[name][key], value), f"{name}.{key}"
-
-
-@pytest.mark.slow
-def test_sigterm_to_the_driver_has_the_ray_worker_keep_a_checkpoint(home):
-    program = (
-        "from dcgan import stages, config\n"
-        f"stages.train(stages.ingest(config.build('digits', {[*SETTINGS, 'compute.workers=1']!r})))"
-    )
-    process = start([sys.executable, "-c", program], home)
-    run = wait_for_step(process, home, 400)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(PATIENCE) != 0
-    log = (home / "log.txt").read_text()
-    assert "KeyboardInterrupt" in log, log[-3000:]
-    step = checkpoint.steps(run)[-1]
-    assert step > 400
-    assert step % 300, "one that is not due"
-    assert run.metrics()[-1]["step"] == step

@@ -180,6 +180,7 @@ def test_cancelled_flow_stops_its_ray_workers_and_its_mlflow_run(stack: Stack) -
 
 
 def test_a_server_that_dies_ends_nothing_up_again_starts_nothing_twice_and_down_leaves_nothing(stack: Stack) -> None:
+    """And SIGTERM to a flow has its Ray worker keep a checkpoint."""
     before = set(stack.home.glob("runs/*"))
     words = [*SMALL, "train.steps=1000001", "train.checkpoint_every=1000000", "compute.workers=1"]
     stack.prefect("deployment", "run", "train-eval/digits", "-p", f"overrides={json.dumps(words)}")

@@ -143,6 +143,21 @@ def test_a_record_names_the_code_that_measured_trained_and_scored(
     assert measure.one("tiny", "trained", words, seeds=1)["commit"] == "trained, first, later"
 
 
+def test_a_run_of_an_older_version_names_no_commit_of_its_own(
+    tiny: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = (*tiny, *SMALL, *MODEL)
+    monkeypatch.setattr(summary, "commit", lambda: "now")
+    (name,) = measure.one("tiny", "trained", words, seeds=1)["runs"]
+    run = home(tiny) / "runs" / name
+    (run / "environment.json").unlink()
+    for file in (run / "scores").iterdir():
+        file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "commit"}))
+    for file in (home(tiny) / "reproduced").rglob("*.json"):
+        file.unlink()
+    assert measure.one("tiny", "trained", words, seeds=1)["commit"] == "now"
+
+
 def test_seeds_measured_with_other_code_are_said(tiny: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(summary, "commit", lambda: "first")
     measure.one("tiny", "counted", tiny, seeds=1)
