@@ -30,7 +30,8 @@ HOME = Path(os.environ.get("DCGAN_HOME") or ROOT / "var").absolute()
 SERVICES = HOME / "services"
 POOL = "local"  # as in prefect.yaml
 START_SECONDS = 240  # MLflow creates its database in 10 s on a quiet machine, in a minute on a loaded one
-STOP_SECONDS = 60  # Prefect gives a flow run 30 to end, and checks every 10 for runs to cancel
+STOP_SECONDS = 60  # for a checkpoint, and for Ray to end
+CANCEL_SECONDS = 60  # Prefect gives a flow run 30 to end, and checks every 10 for what is to be cancelled
 
 
 def _born(pid: int) -> str | None:
@@ -276,7 +277,7 @@ def _cancel_flow_runs() -> None:
     for run in _post("flow_runs/filter", running):
         _post(f"flow_runs/{run['id']}/set_state", {"state": {"type": "CANCELLING"}})
         say(f"cancelling {run['name']}")
-    deadline = time.monotonic() + STOP_SECONDS
+    deadline = time.monotonic() + CANCEL_SECONDS
     cancelling = {"flow_runs": {**deployed, "state": {"type": {"any_": ["CANCELLING"]}}}}
     while _post("flow_runs/filter", cancelling) and time.monotonic() < deadline:
         time.sleep(0.5)
