@@ -138,7 +138,9 @@ def test_published_figures_are_those_of_the_images_that_are_scored(run: Run) -> 
     assert "in svm/accuracy on svhn" in page.text
     content = {"checkpoint": 1, "chosen": "best", "scores": {"discriminator": {"svm_few_labels/accuracy": 0.5}}}
     storage.write_json(run.path / "scores" / "svm_few_labels.json", content)
-    assert "0.7752" in written(other).text
+    (score,) = (score for score in report._scores(other) if score.metric == "svm_few_labels/accuracy")
+    assert score.published == "0.7752"
+    assert "Radford et al., ICLR 2016, table 2" in written(other).text
 
 
 def test_a_mark_beyond_the_last_line_is_in_the_chart(run: Run) -> None:
