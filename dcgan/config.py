@@ -211,14 +211,19 @@ def _refuse_what_is_recorded(experiment: Experiment) -> None:
     Not part of the model's validation, so that a run recorded before either was rejected can still be opened.
     """
     for section, key in ADDRESSES:
-        source = getattr(getattr(experiment, section), key)
-        if has_secret(source):
-            raise ValueError(
-                f"{section}.{key}: an address at {urlsplit(source).hostname} with a user, a password or a query would "
-                "be recorded with the run; put the password into ~/.netrc"
-            )
+        refuse_secret(f"{section}.{key}", getattr(getattr(experiment, section), key))
     if experiment.data.offline and experiment.data.remote:
         raise ValueError("data.offline=true opens no connection, and data.remote needs one: unset one of them")
+
+
+def refuse_secret(key: str, value: str | None) -> None:
+    """Raise ValueError, without quoting it, if the value of a key in ADDRESSES has a secret: it would be recorded."""
+    section, _, name = key.partition(".")
+    if (section, name) in ADDRESSES and has_secret(value):
+        raise ValueError(
+            f"{key}: an address at {urlsplit(value or '').hostname} with a user, a password or a query would be "
+            "recorded with the run; put the password into ~/.netrc"
+        )
 
 
 def has_secret(address: str | None) -> bool:

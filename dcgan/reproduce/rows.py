@@ -153,8 +153,10 @@ def check(overrides: Sequence[str], seeds: int = 1) -> None:
         raise ValueError(f"seeds={seeds}: a row is measured with at least one")
     known = config.keys()
     for word in overrides:
-        if (key := _Override.read(word).key) not in known:
+        _, key, value = _Override.read(word)
+        if key not in known:
             raise ValueError(f"unknown key {key!r}{config.meant(key, known)}")
+        config.refuse_secret(key, value)  # each of them: the record has them all, also those that a later one replaces
         if key in ("train.seed", "evaluate.seed"):
             raise ValueError(f"{word}: a row is measured with the seeds 0 to N - 1 of --seeds N")
     _check_values(overrides)

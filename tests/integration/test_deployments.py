@@ -201,6 +201,9 @@ def test_a_server_that_dies_ends_nothing_up_again_starts_nothing_twice_and_down_
     assert refused.stderr.startswith(f"error: prefect runs at port {stack.environment['PREFECT_PORT']}, not ")
     ports = {"PREFECT_PORT", "MLFLOW_PORT"}
     forgotten = Stack(stack.home, {name: value for name, value in stack.environment.items() if name not in ports})
+    assert forgotten.local("up").returncode == 0
+    assert {path.stem: path.read_text() for path in (stack.home / "services").glob("*.pid")} == now
+
     script = "import sys; sys.path.insert(0, 'infra'); import local; local.CANCEL_SECONDS = 1; local.down()"
     ended = forgotten.call(sys.executable, "-c", script)
     assert ended.returncode == 0, ended.stdout + ended.stderr

@@ -148,6 +148,7 @@ class Staging:
                     raise fetch.Refused("the staging has ended")
                 file.write(piece)
         if (arrived := _bytes(aside)) != item.size:
+            aside.unlink()  # the object is no longer the one that was listed
             raise fetch.Interrupted(f"{arrived} of {item.size} bytes received")
 
     def _remove_others(self, paths: set[str]) -> None:

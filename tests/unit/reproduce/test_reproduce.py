@@ -236,6 +236,7 @@ def test_what_is_kept_is_read_back(tiny: tuple[str, ...]) -> None:
         ([], ("mnist/train.steps=0",), "train.steps=0"),
         ([], ("mnist/data.source=https://me:secret@host/mnist",), "data.source: an address at host with a user"),
         ([], ("data.source=https://me:secret@host/mnist",), "data.source: an address at host with a user"),
+        ([], ("data.source=https://me:secret@host/x", "mnist/data.source=d"), "data.source: an address at host with"),
     ],
 )
 def test_refused_before_any_work(tiny: tuple[str, ...], names: list[str], overrides: Any, match: str) -> None:
