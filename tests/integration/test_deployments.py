@@ -114,6 +114,8 @@ def test_deployments_are_in_place_with_a_choice_of_presets_and_tables(stack: Sta
         assert deployment["global_concurrency_limit"] is None
     (automation,) = stack.post("automations/filter", {})
     assert automation["enabled"]
+    (worker,) = (command for command in stack.processes() if " worker start " in command)
+    assert "--limit 1" in worker, "flow runs of all deployments wait for one another there"
 
 
 def test_deployment_runs_to_the_end_and_is_in_mlflow(stack: Stack) -> None:
@@ -212,6 +214,17 @@ def test_a_server_that_dies_ends_nothing_up_again_starts_nothing_twice_and_down_
     assert list((stack.home / "services").glob("*.pid")) == []
     (step,) = checkpoint.steps(run)
     assert run.metrics()[-1]["step"] == step
+
+
+def test_port_that_is_taken_is_named(stack: Stack, tmp_path: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        taken = Stack(tmp_path, {**stack.environment, "DCGAN_HOME": str(tmp_path), "PREFECT_PORT": port})
+        done = taken.local("up")
+    assert done.returncode == 1
+    assert done.stderr == f"error: port {port} is in use by another program: set PREFECT_PORT to a free one\n"
 
 
 def test_a_torn_pid_file_is_of_nothing_that_runs(tmp_path: Path) -> None:
