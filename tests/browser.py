@@ -69,7 +69,11 @@ class Page:
     def text(self) -> str:
         return self.evaluate("document.body ? document.body.innerText : ''")
 
-    def wait(self, expression: str, seconds: float = 60) -> Any:
+    def wait_for(self, *texts: str) -> None:
+        """Until the page shows all of them. Raises AssertionError with the page's text otherwise."""
+        self.wait(f"{json.dumps(texts)}.every(text => document.body?.innerText.includes(text))")
+
+    def wait(self, expression: str, seconds: float = 180) -> Any:
         """The expression's value as soon as it is true. Raises AssertionError with the page's text otherwise."""
         deadline = time.monotonic() + seconds
         while not (value := self.evaluate(expression)):

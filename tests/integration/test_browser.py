@@ -17,7 +17,10 @@ from dcgan.run import Run
 
 pytestmark = pytest.mark.slow
 
-LOADED = "[...document.images].length > 0 && [...document.images].every(i => i.complete && i.naturalWidth > 0)"
+LOADED = (
+    "document.readyState === 'complete' && document.images.length > 0"
+    " && [...document.images].every(i => i.complete && i.naturalWidth > 0)"
+)
 SCROLL = (
     "[...document.querySelectorAll('*')].filter(e => e.scrollHeight > e.clientHeight).forEach(e => e.scrollTo(0, %s))"
 )
@@ -95,13 +98,13 @@ def test_mlflow_shows_the_run_its_time_lapse_and_two_runs_side_by_side(
         with browse(tmp_path / "browser") as page:
             # The run's page: what was run, on what, and what came out.
             page.open(address, 1500, 3000)
-            page.wait("document.body.innerText.includes('train.batch_size')")
-            for shown in ("Finished", f"random ({run.fingerprint})", "93.0% in svm/accuracy", "train/d_loss"):
-                assert shown in page.text()
+            page.wait_for(
+                "train.batch_size", "Finished", f"random ({run.fingerprint})", "93.0% in svm/accuracy", "train/d_loss"
+            )
 
             # Its charts, with the sample grids by images seen.
             page.open(address.replace("?", "/model-metrics?"), 1500, 1000)
-            page.wait("document.body.innerText.includes('svm')")
+            page.wait_for("svm")
             page.wait(
                 SCROLL % "1e6" + ", [...document.images].some(i => i.src.includes('get-artifact') && i.naturalWidth)"
             )
@@ -109,6 +112,6 @@ def test_mlflow_shows_the_run_its_time_lapse_and_two_runs_side_by_side(
             # Both runs of the data set in the same charts.
             runs = address.split("/runs/")[0] + "/runs?workflowType=machine_learning&compareRunsMode=CHART"
             page.open(runs, 1500, 3000)
-            page.wait(f"['{run.name} (svm', '{other.name} (svm'].every(n => document.body.innerText.includes(n))")
+            page.wait_for(f"{run.name} (svm", f"{other.name} (svm")
     finally:
         server.stop()
