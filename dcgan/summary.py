@@ -19,6 +19,8 @@ CONTROLS = ("random_init", "raw_pixels")
 HEADER = ("metric", "discriminator", "random init", "raw pixels")
 CODE = (":/dcgan", ":/flows", ":/constraints.txt")  # git pathspecs of what decides a result
 COMMAND_SECONDS = 30
+CPUINFO = Path("/proc/cpuinfo")
+INSTRUCTIONS = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 BF16", "avx512f": "AVX-512", "avx2": "AVX2"}  # widest first
 PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "prefect", "ray", "mlflow")
 
 
@@ -197,9 +199,12 @@ def _version(package: str) -> str | None:
 
 
 def _cpu() -> str:
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text().splitlines() if file.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    """The processor's name, and the widest instructions that decide how fast it multiplies."""
+    lines = CPUINFO.read_text().splitlines() if CPUINFO.exists() else []
+    values = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in reversed(lines))}
+    flags = values.get("flags", "").split()
+    widest = next((f", {name}" for flag, name in INSTRUCTIONS.items() if flag in flags), "")
+    return values.get("model name", platform.machine()) + widest
 
 
 def _git() -> dict[str, Any]:

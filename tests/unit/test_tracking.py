@@ -189,6 +189,24 @@ def test_an_environment_names_versions_and_commit() -> None:
     json.dumps(environment)
 
 
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ("sse2 avx2 avx512f avx512_bf16 amx_bf16", "Xeon 9, AMX"),
+        ("sse2 avx2 avx512f avx512_bf16", "Xeon 9, AVX-512 BF16"),
+        ("sse2 avx2 avx512f", "Xeon 9, AVX-512"),
+        ("sse2 avx2", "Xeon 9, AVX2"),
+        ("sse2", "Xeon 9"),
+    ],
+)
+def test_a_processor_is_named_with_the_instructions_that_decide_its_speed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: str, named: str
+) -> None:
+    (tmp_path / "cpuinfo").write_text(f"model name\t: Xeon 9\nflags\t\t: {flags}\n" * 2)
+    monkeypatch.setattr(summary, "CPUINFO", tmp_path / "cpuinfo")
+    assert summary.environment()["cpu"] == f"{os.cpu_count()} x {named}"
+
+
 def test_a_run_recorded_with_a_password_is_shown_without_it(home: Path) -> None:
     """Before such addresses were refused."""
     run = fabricated.new_run(home)
