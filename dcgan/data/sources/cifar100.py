@@ -1,8 +1,6 @@
 """CIFAR-100 (Krizhevsky 2009): 50,000 + 10,000 colour images of 100 classes in 20 superclasses, 32x32.
 
-Address and MD5 are torchvision's. Its loader leaves the superclasses out, so the files are read here. They are pickles,
-which can run code when they are read: each one is compared with its MD5 first, whether it was downloaded or found in a
-directory, and then read by `pickles.py`, which builds arrays and nothing else.
+Archive and MD5 are torchvision's. Its loader leaves the superclasses out; here they are read, too.
 """
 
 from collections.abc import Mapping
@@ -14,11 +12,10 @@ import numpy as np
 from dcgan.config import Data
 from dcgan.data.decode import TRANSFORM
 from dcgan.data.records import Pixels
-from dcgan.data.sources import pickles, published
+from dcgan.data.sources import cifar, published
 from dcgan.data.sources.base import Opened
 from dcgan.data.store import Description
 
-ADDRESSES = ("https://www.cs.toronto.edu/~kriz",)
 ARCHIVE, ARCHIVE_MD5 = "cifar-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85"
 FOLDER = "cifar-100-python"
 PLACES = (f"{FOLDER}/train", ARCHIVE, "train")  # in the directory of a data source
@@ -43,9 +40,8 @@ def read(data: Data, downloads: Path) -> Opened:
     data.source: a directory of the files, of `cifar-100-python/` or of the archive; or a mirror of the archive.
     Raises ValueError if a class is not in exactly one superclass.
     """
-    folder = _batches(data, downloads / "cifar100")
-    files = [published.check(folder / name, md5) for name, md5 in FILES.items()]
-    content = {file.name: _unpickle(file) for file in files}
+    release = cifar.Release(ARCHIVE, ARCHIVE_MD5, FOLDER, FILES, PLACES)
+    content, files = cifar.read(release, data, downloads / "cifar100")
     classes, superclasses = (tuple(content["meta"][f"{kind}_label_names"]) for kind in ("fine", "coarse"))
     superclass_of = _superclass_of(content, classes, len(superclasses))
     return Opened(
@@ -58,29 +54,12 @@ def read(data: Data, downloads: Path) -> Opened:
             superclasses=superclasses,
             superclass_of=superclass_of,
         ),
-        {split: Pixels(_images(content[split]), np.array(content[split]["fine_labels"], np.int64)) for split in SPLITS},
-        tuple(published.describe(file) for file in files),
+        {
+            split: Pixels(cifar.images(content[split]["data"]), np.array(content[split]["fine_labels"], np.int64))
+            for split in SPLITS
+        },
+        files,
     )
-
-
-def _batches(data: Data, downloads: Path) -> Path:
-    """The directory of the files: where they were found, or unpacked from the archive under `downloads`."""
-    found = published.locate(data, ADDRESSES, ARCHIVE, ARCHIVE_MD5, downloads, PLACES)
-    if found.name != ARCHIVE:
-        return found.parent
-    return published.unpack(found, ARCHIVE_MD5, FILES, downloads / FOLDER)
-
-
-def _unpickle(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        content: dict[str, Any] = pickles.load(file)
-    return content
-
-
-def _images(batch: Mapping[str, Any]) -> np.ndarray:
-    """uint8 (N, 3072), channel by channel and row by row, as (N, 32, 32, 3)."""
-    rows: np.ndarray = batch["data"]
-    return rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
 
 
 def _superclass_of(content: Mapping[str, Mapping[str, Any]], classes: tuple[str, ...], count: int) -> tuple[int, ...]:

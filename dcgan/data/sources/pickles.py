@@ -2,6 +2,7 @@
 
 import codecs
 import pickle
+from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
@@ -33,3 +34,9 @@ def load(file: IO[bytes]) -> Any:
     is damaged.
     """
     return _Arrays(file, encoding="latin1").load()
+
+
+def read(path: Path) -> Any:
+    """`load` of a file."""
+    with path.open("rb") as file:
+        return load(file)

@@ -15,7 +15,7 @@ from fabricated import Bomb
 from dcgan import storage
 from dcgan.config import Data
 from dcgan.data.ingest import ingest
-from dcgan.data.sources import cifar10
+from dcgan.data.sources import cifar, cifar10
 from dcgan.data.store import Store
 
 
@@ -38,7 +38,7 @@ def test_address_and_checksums_are_torchvisions() -> None:
     theirs = torchvision.datasets.CIFAR10
     meta = [theirs.meta["filename"], theirs.meta["md5"]]
     assert dict([*theirs.train_list, *theirs.test_list, meta]) == cifar10.FILES
-    assert f"{cifar10.ADDRESSES[0]}/{cifar10.ARCHIVE}" == theirs.url
+    assert f"{cifar.ADDRESSES[0]}/{cifar10.ARCHIVE}" == theirs.url
     assert (
         theirs.filename,
         theirs.tgz_md5,

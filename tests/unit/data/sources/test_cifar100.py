@@ -17,7 +17,7 @@ from fabricated import Bomb
 from dcgan import storage
 from dcgan.config import Data
 from dcgan.data.ingest import ingest
-from dcgan.data.sources import SOURCES, cifar100
+from dcgan.data.sources import SOURCES, cifar, cifar100
 from dcgan.data.store import Store
 
 IMAGES = 200
@@ -107,7 +107,7 @@ def test_address_and_checksums_are_torchvisions() -> None:
     theirs = torchvision.datasets.CIFAR100
     meta = [theirs.meta["filename"], theirs.meta["md5"]]
     assert dict([*theirs.train_list, *theirs.test_list, meta]) == cifar100.FILES
-    assert f"{cifar100.ADDRESSES[0]}/{cifar100.ARCHIVE}" == theirs.url
+    assert f"{cifar.ADDRESSES[0]}/{cifar100.ARCHIVE}" == theirs.url
     assert (theirs.tgz_md5, theirs.base_folder) == (cifar100.ARCHIVE_MD5, cifar100.FOLDER)
 
 
