@@ -21,7 +21,7 @@ CODE = (":/dcgan", ":/flows", ":/constraints.txt")  # git pathspecs of what deci
 COMMAND_SECONDS = 30
 CPUINFO = Path("/proc/cpuinfo")
 INSTRUCTIONS = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 BF16", "avx512f": "AVX-512", "avx2": "AVX2"}  # widest first
-PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "prefect", "ray", "mlflow")
+PACKAGES = ("torch", "numpy", "scikit-learn", "prefect", "ray", "mlflow")
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,6 @@ IMPORTERS = {
     "prefect": ("flows/",),
     "ray": ("dcgan/cluster",),
     "mlflow": ("dcgan/tracking",),
-    "torchvision": ("dcgan/data/sources/",),
     "PIL": ("dcgan/data/decode.py", "dcgan/data/shards.py", "dcgan/tracking", "dcgan/report"),
     "lmdb": ("dcgan/data/sources/",),
     "s3fs": ("dcgan/data/sources/", "dcgan/remote.py"),

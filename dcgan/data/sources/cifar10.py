@@ -1,4 +1,4 @@
-"""CIFAR-10 (Krizhevsky 2009): 50,000 + 10,000 colour images of ten classes, 32x32; archive and MD5 as in torchvision."""
+"""CIFAR-10 (Krizhevsky 2009): 50,000 + 10,000 colour images, 32x32, ten classes; archive and MD5 are torchvision's."""
 
 from pathlib import Path
 from typing import Any
