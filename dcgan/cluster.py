@@ -1,7 +1,7 @@
 """Connects to Ray, started here or on an existing cluster, and runs a function on many jobs with Ray Data.
 
 RAY_ADDRESS names an existing cluster; without it a local Ray is started, guarded by its own token, and stopped again
-whatever happens. Only this module, cluster_train.py and cluster_search.py import ray; none of them knows what it runs.
+whatever happens. Only the modules that begin with `cluster` import ray, and none of them knows what it runs.
 """
 
 import logging

@@ -12,8 +12,8 @@ from dcgan.evaluate.samples import (
     check_neighbours,
     device,
     draw,
-    hold_out,
     labelled,
+    split_for_choice,
 )
 
 CHOICE_DRAWS = 10  # on which the number of neighbours is chosen, as C is
@@ -42,13 +42,9 @@ def score(
     rows = labelled(train_y, settings.labels, settings.seed)
     train, labels = Samples.centred(train_x, device()).take(rows), train_y[rows]
     tried = sorted(set(settings.neighbours))
-    if validation:
-        fit, known, held, held_y = np.arange(len(rows)), train, train.like(validation[0]), validation[1]
-    else:
-        fit, rest = hold_out(labels, settings.seed)
-        known, held, held_y = train.take(fit), train.take(rest), labels[rest]
+    fit, held, held_y = split_for_choice(train, labels, validation, settings.seed)
     check_neighbours(settings, len(fit), validation is not None)
-    found = accuracies(known, labels[fit], held, held_y, tried)
+    found = accuracies(train.take(fit), labels[fit], held, held_y, tried)
     chosen = tried[int(np.argmax(found))]
     (accuracy,) = accuracies(train, labels, train.like(test_x), test_y, [chosen])
     return {"knn/accuracy": accuracy, "knn/validation_accuracy": max(found), "knn/neighbours": float(chosen)}
@@ -70,11 +66,7 @@ def score_few_labels(
     check(train_x, train_y, test_x, test_y, validation)
     check_classes(train_y, test_y)
     samples = Samples.centred(train_x, device())
-    if validation:
-        pool, held, held_y = np.arange(len(train_y)), samples.like(validation[0]), validation[1]
-    else:
-        pool, rest = hold_out(train_y, settings.seed)
-        held, held_y = samples.take(rest), train_y[rest]
+    pool, held, held_y = split_for_choice(samples, train_y, validation, settings.seed)
     draws = [pool[draw(train_y[pool], settings.labels_per_class, (settings.seed, i))] for i in range(settings.draws)]
     tried = sorted(set(settings.neighbours))
     if tried[-1] > len(draws[0]):

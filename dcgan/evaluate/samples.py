@@ -238,6 +238,19 @@ def hold_out(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return np.setdiff1d(np.arange(len(labels)), held), held
 
 
+def split_for_choice(
+    x: Samples, y: np.ndarray, validation: Labelled | None, seed: int
+) -> tuple[np.ndarray, Samples, np.ndarray]:
+    """Rows of x to learn from, and the samples and labels that settings are chosen on.
+
+    Those are `validation`, scaled as x is, or else a fifth of x, which is then not among the rows. y: labels (N,) of x.
+    """
+    if validation:
+        return np.arange(len(y)), x.like(validation[0]), validation[1]
+    fit, held = hold_out(y, seed)
+    return fit, x.take(held), y[held]
+
+
 def draw(labels: np.ndarray, per_class: int, seed: tuple[int, ...]) -> np.ndarray:
     """Sorted rows, int64, of `per_class` random labels of each class. Raises ValueError if a class has fewer."""
     classes, sizes = np.unique(labels, return_counts=True)

@@ -17,7 +17,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from dcgan.config import Evaluate
 from dcgan.evaluate.newton import minimise
 from dcgan.evaluate.products import products, scores
-from dcgan.evaluate.samples import Labelled, Samples, check, check_classes, device, draw, hold_out, labelled
+from dcgan.evaluate.samples import Labelled, Samples, check, check_classes, device, draw, labelled, split_for_choice
 
 TOLERANCE = 1e-3  # of the objective, as a proven bound; on digits the actual distance was at most 6e-5
 CHOICE_DRAWS = 10  # on which C is chosen; the SVHN code's number
@@ -126,13 +126,8 @@ def score(
     rows = labelled(train_y, settings.labels, settings.seed)
     samples, labels = _scaled(train_x, settings), train_y[rows]
     train = samples.take(rows)
-    if validation:
-        models = fit_all(train, labels, settings.c_grid)
-        held, held_y = samples.like(validation[0]), validation[1]
-    else:
-        fit, rest = hold_out(labels, settings.seed)
-        models = fit_all(train.take(fit), labels[fit], settings.c_grid)
-        held, held_y = train.take(rest), labels[rest]
+    fit, held, held_y = split_for_choice(train, labels, validation, settings.seed)
+    models = fit_all(train.take(fit), labels[fit], settings.c_grid)
     accuracies = _accuracies(models, held, held_y)
     chosen = models[int(np.argmax(accuracies))]
     if not validation:
@@ -164,11 +159,7 @@ def score_few_labels(
     check(train_x, train_y, test_x, test_y, validation)
     check_classes(train_y, test_y)
     samples = _scaled(train_x, settings)
-    if validation:
-        pool, held, held_y = np.arange(len(train_y)), samples.like(validation[0]), validation[1]
-    else:
-        pool, rest = hold_out(train_y, settings.seed)
-        held, held_y = samples.take(rest), train_y[rest]
+    pool, held, held_y = split_for_choice(samples, train_y, validation, settings.seed)
     draws = [pool[draw(train_y[pool], settings.labels_per_class, (settings.seed, i))] for i in range(settings.draws)]
     paths = [fit_all(samples.take(rows), train_y[rows], settings.c_grid) for rows in draws[:CHOICE_DRAWS]]
     by_c = [list(models) for models in zip(*paths, strict=True)]

@@ -18,7 +18,16 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import validate_data
 from torch import Tensor
 
-from dcgan.evaluate.samples import Labelled, NotConvergedError, Samples, check, check_classes, device, draw, hold_out
+from dcgan.evaluate.samples import (
+    Labelled,
+    NotConvergedError,
+    Samples,
+    check,
+    check_classes,
+    device,
+    draw,
+    split_for_choice,
+)
 from dcgan.evaluate.svm import L2SVM
 
 UNLABELLED = -1  # scikit-learn's label of a row that has none
@@ -205,11 +214,7 @@ def score(
     if draws < 2 or not c_grid:
         raise ValueError(f"draws={draws} and c_grid={c_grid}, but a deviation needs two draws and a choice one C")
     samples = Samples.standardised(train_x, device())
-    if validation:
-        pool, held, held_y = np.arange(len(train_y)), samples.like(validation[0]), validation[1]
-    else:
-        pool, rest = hold_out(train_y, seed)
-        held, held_y = samples.take(rest), train_y[rest]
+    pool, held, held_y = split_for_choice(samples, train_y, validation, seed)
     train, test = samples.take(pool), samples.like(test_x)
     labels = [_partly(train_y[pool], draw(train_y[pool], labels_per_class, (seed, i))) for i in range(draws)]
     best, reached = TSVM(), -1.0
