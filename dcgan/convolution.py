@@ -1,10 +1,12 @@
 """Computes the nets' convolutions in other ways than the library where that makes training on a CPU faster.
 
-In float32, layers with many channels use Winograd's filtering (`dcgan/winograd.py`), and those at the pixels, with few,
-one product over patches (`dcgan/im2col.py`). In bfloat16 with AMX, the weight gradient of small maps is such a product,
-which takes oneDNN two to five times as long. A conditional net feeds labels to each layer as constant maps; here those
-maps are never built, because what a label adds is the same for all images. Everything else is left to the library, and
-results agree up to rounding.
+How depends on the processor. Without AVX-512, float32 layers with many channels use Winograd's filtering
+(`dcgan/winograd.py`), and those at the pixels, with few, one product over patches (`dcgan/im2col.py`). With it, the
+library has better kernels, but for two sums: at the pixels the transpose is a sub-pixel convolution
+(`dcgan/subpixel.py`), and in bfloat16 some weight gradients are a product over patches, which takes oneDNN two to five
+times as long. A conditional net feeds labels to each layer as constant maps; here those maps are never
+built, because what a label adds is the same for all images. Everything else is left to the library, and results agree
+up to rounding.
 """
 
 from abc import ABC, abstractmethod
@@ -15,11 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dcgan import im2col, winograd
+from dcgan import im2col, subpixel, winograd
 from dcgan.winograd import Layer
 
-# Most bytes of patches: 4x4 with stride 2, of 128 images of 64 channels at 16 px. Twice as many were slower.
-LARGEST = 2**24
+# For which weight gradients a product over patches is faster than oneDNN: the fewest channels of the smaller map, and
+# the most bytes of patches, with AMX and with AVX-512 BF16 alone. With AMX, 2**25 bytes were slower; without it, 128
+# channels, for which the library reaches 0.65 of a product's rate and making the patches costs as much as the product.
+PATCHES_AMX, PATCHES_AVX512 = (1, 2**24), (256, 2**25)
 
 # The time to make Winograd's tiles, in multiplications of a matrix product: per number in the larger map's tiles, in
 # the smaller map's, and in the transformed weights. Fitted with AVX2 on 2 cores to layers of 3 to 5 taps, 32 to 512
@@ -30,6 +34,7 @@ LIMIT = 0.9  # of the direct sum's time, below which Winograd's filtering is use
 
 # Most numbers in a patch of pixels: 4x4 and three channels. With 108 (5x5, made even), the library was faster.
 NARROW = 48
+COLOURS = 3  # most channels of an image: with 8, a sub-pixel convolution was faster for kernels of 5 alone
 
 
 class _Labelled(nn.Module, ABC):
@@ -81,10 +86,11 @@ class Conv2d(_Labelled, nn.Conv2d):
                 return winograd.Convolution.apply(x, weight, layer)
             if _by_im2col(x, weight, layer):
                 return im2col.Convolution.apply(x, weight, layer)
+            if _by_subpixel(x, weight):
+                return subpixel.Convolution.apply(*_cast(x, weight), layer)
         if not _gradient_by_im2col(x, weight, self.stride[0], x.shape):
             return self._library(x, weight)
-        dtype = _dtype(x)
-        return _Im2colGradient.apply(x.to(dtype), weight.to(dtype), self.stride, self.padding, None)
+        return _Im2colGradient.apply(*_cast(x, weight), self.stride, self.padding, None)
 
     def _library(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.conv2d(x, weight, None, self.stride, self.padding)
@@ -102,11 +108,12 @@ class ConvTranspose2d(_Labelled, nn.ConvTranspose2d):  # type: ignore[misc]
                 return winograd.Transposed.apply(x, weight, layer)
             if _by_im2col(x, weight, layer):
                 return im2col.Transposed.apply(x, weight, layer)
+            if _by_subpixel(x, weight):
+                return subpixel.Transposed.apply(*_cast(x, weight), layer)
         size = torch.Size([x.shape[0], self.out_channels, *(self.stride[0] * side for side in x.shape[2:])])
         if not _gradient_by_im2col(x, weight, self.stride[0], size):
             return self._library(x, weight)
-        dtype = _dtype(x)
-        return _Im2colGradient.apply(x.to(dtype), weight.to(dtype), self.stride, self.padding, self.output_padding)
+        return _Im2colGradient.apply(*_cast(x, weight), self.stride, self.padding, self.output_padding)
 
     def _library(self, x: Tensor, weight: Tensor) -> Tensor:
         assert isinstance(self.padding, tuple)
@@ -123,14 +130,24 @@ def _dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
 
 
+def _cast(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in that dtype; autocast does not look into what is called."""
+    return x.to(_dtype(x)), weight.to(_dtype(x))
+
+
 def _channels_last(weight: Tensor) -> bool:
     """Whether the weight is channels last; with one channel only the strides tell which format was asked for."""
     return weight.is_contiguous(memory_format=torch.channels_last) and weight.stride(1) == 1
 
 
 def _by_winograd(x: Tensor, weight: Tensor, layer: Layer) -> bool:
-    """Whether a gradient is wanted and Winograd's filtering is faster. Without gradients it hardly is."""
+    """Whether a gradient is wanted and Winograd's filtering is faster. Without gradients it hardly is.
+
+    With AVX-512 it is slower, 1.4 times on an AMD EPYC: there the library's direct sum outruns a matrix product.
+    """
     if not (x.device.type == "cpu" and torch.is_grad_enabled() and _dtype(x) == torch.float32):
+        return False
+    if torch.cpu._is_avx512_supported():
         return False
     if not (weight.requires_grad or x.requires_grad) or not _channels_last(weight):
         return False
@@ -150,18 +167,26 @@ def _by_im2col(x: Tensor, weight: Tensor, layer: Layer) -> bool:
     """Whether the larger map has so few channels that one product over patches is faster."""
     if not (x.device.type == "cpu" and _dtype(x) == torch.float32 and _channels_last(weight)):
         return False
-    return im2col.columns(weight, layer) <= NARROW
+    return im2col.columns(weight, layer) <= NARROW and not torch.cpu._is_avx512_supported()
+
+
+def _by_subpixel(x: Tensor, weight: Tensor) -> bool:
+    """Whether the larger map is an image, on a processor whose vectors are wider than its channels by far."""
+    if not (x.device.type == "cpu" and _dtype(x) in (torch.float32, torch.bfloat16) and _channels_last(weight)):
+        return False
+    return weight.shape[1] <= COLOURS and torch.cpu._is_avx512_supported()
 
 
 def _gradient_by_im2col(x: Tensor, weight: Tensor, stride: int, large: torch.Size) -> bool:
     """Whether the weight gradient is wanted and faster by patches of the larger map, of size `large` (N, C, H, W)."""
     if not (x.device.type == "cpu" and torch.is_grad_enabled() and weight.requires_grad):
         return False
-    if _dtype(x) != torch.bfloat16 or not torch.cpu._is_amx_tile_supported():
+    if _dtype(x) != torch.bfloat16 or not torch.cpu._is_avx512_bf16_supported():
         return False
+    fewest, largest = PATCHES_AMX if torch.cpu._is_amx_tile_supported() else PATCHES_AVX512
     images, channels, height, width = large
     values = images * (height // stride) * (width // stride) * channels * weight.shape[2] * weight.shape[3]
-    return stride > 1 and channels > 3 and values * _dtype(x).itemsize <= LARGEST
+    return stride > 1 and channels > COLOURS and len(weight) >= fewest and values * _dtype(x).itemsize <= largest
 
 
 class _Im2colGradient(torch.autograd.Function):

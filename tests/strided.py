@@ -1,4 +1,4 @@
-"""Convolutions of stride 2 in one of our ways (`dcgan.winograd`, `dcgan.im2col`) beside PyTorch's."""
+"""Convolutions of stride 2 in one of our ways (`dcgan.winograd`, `dcgan.im2col`, `dcgan.subpixel`) beside PyTorch's."""
 
 import torch
 import torch.nn.functional as F
@@ -40,3 +40,18 @@ def recorded(monkeypatch, way):
             function, "apply", lambda *args, a=apply, name=function.__name__: calls.append(name) or a(*args)
         )
     return calls
+
+
+PROCESSORS = {
+    "AVX2": (),
+    "AVX-512": ("avx512",),
+    "AVX-512 BF16": ("avx512", "avx512_bf16"),
+    "AMX": ("avx512", "avx512_bf16", "amx_tile"),
+}
+
+
+def on_processor(monkeypatch, name):
+    """Make the rules choose as on a processor with these instructions."""
+    for instructions in PROCESSORS["AMX"]:
+        has = instructions in PROCESSORS[name]
+        monkeypatch.setattr(torch.cpu, f"_is_{instructions}_supported", lambda has=has: has)

@@ -1,8 +1,10 @@
-"""Layers computed in our ways beside PyTorch's: python tests/benchmarks/bench_convolution.py [--repeats 7]
+"""Layers computed in our ways beside PyTorch's: python tests/benchmarks/bench_convolution.py [--help]
 
 A layer's convolution and gradients in turn, once with the weight gradient and once with that of the input alone: the
-ratio of median times. Layers at the pixels, by patches; wide ones by Winograd's filtering, beside the ratio that
-`dcgan/convolution.py` expects and chooses by, whose constants are fitted to what this prints. float32, channels last.
+ratio of median times. Winograd's filtering is for wide layers without AVX-512: beside each ratio stands the one that
+`dcgan/convolution.py` expects and chooses by, whose constants are fitted to what this prints. Patches (im2col) and
+sub-pixels are for layers at the pixels, without and with AVX-512; `weights` is for the weight gradient of wide layers
+by patches, in bfloat16. Channels last.
 """
 
 import argparse
@@ -16,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dcgan import im2col, memory, winograd
-from dcgan.convolution import LIMIT, NARROW, winograd_time
+from dcgan import im2col, memory, subpixel, winograd
+from dcgan.convolution import COLOURS, LIMIT, NARROW, _gradient_by_im2col, _Im2colGradient, winograd_time
 from dcgan.models import GEOMETRY
 from dcgan.winograd import Layer
 
@@ -52,40 +54,55 @@ class Case(NamedTuple):
         )
 
 
-def seconds(apply: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor, gradient: Tensor) -> float:
+Apply = Callable[[Tensor, Tensor], Tensor]
+
+
+def library(case: Case) -> Apply:
+    padding, more = GEOMETRY[case.kernel]
+    if case.transposed:
+        return lambda x, w: F.conv_transpose2d(x, w, None, 2, padding, more)
+    return lambda x, w: F.conv2d(x, w, None, 2, padding)
+
+
+def ours(case: Case, way: str) -> Apply:
+    if way == "weights":
+        padding, more = GEOMETRY[case.kernel]
+        output_padding = (more, more) if case.transposed else None
+        return lambda x, w: _Im2colGradient.apply(x, w, (2, 2), (padding, padding), output_padding)
+    module = {"winograd": winograd, "im2col": im2col, "subpixel": subpixel}[way]
+    function = module.Transposed if case.transposed else module.Convolution
+    return lambda x, w: function.apply(x, w, case.layer)
+
+
+def seconds(apply: Apply, x: Tensor, weight: Tensor, gradient: Tensor) -> float:
     x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_(weight.requires_grad)
     began = time.perf_counter()
     apply(x, weight).backward(gradient)
     return time.perf_counter() - began
 
 
-def compare(case: Case, repeats: int) -> Iterator[tuple[Tensor, float]]:
+def compare(case: Case, way: str, dtype: torch.dtype, repeats: int) -> Iterator[tuple[Tensor, float]]:
     """The weight and the ratio of our time to PyTorch's, with the weight gradient and without."""
-    (padding, more), layer = GEOMETRY[case.kernel], case.layer
-    way = winograd if case in wide() else im2col
+    layer = case.layer
     shape = (
         (case.images, case.smaller, layer.height, layer.width)
         if case.transposed
         else (case.images, case.larger, case.size, case.size)
     )
-    x = torch.randn(shape).contiguous(memory_format=torch.channels_last)
+    x = torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last)
     weight = torch.randn(case.smaller, case.larger, case.kernel, case.kernel).mul(0.02)
-    weight = weight.to(memory_format=torch.channels_last)
-    ours, theirs = (
-        (lambda x, w: way.Transposed.apply(x, w, layer), lambda x, w: F.conv_transpose2d(x, w, None, 2, padding, more))
-        if case.transposed
-        else (lambda x, w: way.Convolution.apply(x, w, layer), lambda x, w: F.conv2d(x, w, None, 2, padding))
-    )
-    gradient = torch.randn_like(theirs(x, weight))
-    for wanted in (True, False):
+    weight = weight.to(dtype).contiguous(memory_format=torch.channels_last)
+    both = ours(case, way), library(case)
+    gradient = torch.randn_like(both[1](x, weight))
+    for wanted in (True, False) if way != "weights" else (True,):
         weight.requires_grad_(wanted)
-        times: dict[Callable[[Tensor, Tensor], Tensor], list[float]] = {ours: [], theirs: []}
+        times: dict[Apply, list[float]] = {apply: [] for apply in both}
         for _ in range(repeats + 2):
             for apply, found in times.items():
                 found.append(seconds(apply, x, weight, gradient))
-        a, b = (1e3 * statistics.median(times[apply][2:]) for apply in (ours, theirs))
+        a, b = (1e3 * statistics.median(times[apply][2:]) for apply in both)
         gradients = "all gradients" if wanted else "of the input"
-        print(f"{case}, {gradients}: {b:.1f} ms, ours {a:.1f} ms: {a / b:.2f}", end="", flush=True)
+        print(f"{way}, {case}, {gradients}: {b:.1f} ms, ours {a:.1f} ms: {a / b:.2f}", end="", flush=True)
         yield weight, a / b
 
 
@@ -99,32 +116,58 @@ def at_the_pixels() -> list[Case]:
 
 
 def told(ratios: list[float]) -> str:
+    if not ratios:
+        return "none is chosen"
     return f"{len(ratios)} are chosen, median {statistics.median(ratios):.2f}, {min(ratios):.2f} to {max(ratios):.2f}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=7)
-    repeats = parser.parse_args().repeats
-    memory.keep()
+def measure(cases: list[Case], way: str, dtype: torch.dtype, repeats: int, choose: Callable[..., bool]) -> None:
+    """Print all ratios, then a line about those for which `choose(case, weight)` holds."""
     chosen = []
-    for case in at_the_pixels():
-        for weight, ratio in compare(case, repeats):
-            numbers = im2col.columns(weight, case.layer)
-            print(f", {numbers} numbers a patch")
-            chosen += [ratio] if numbers <= NARROW else []
-    print(f"at the pixels: {told(chosen)}")
+    for case in cases:
+        for weight, ratio in compare(case, way, dtype, repeats):
+            print(", chosen" if choose(case, weight) else "")
+            chosen += [ratio] if choose(case, weight) else []
+    print(f"{way} in {dtype}: {told(chosen)}")
+
+
+def measure_winograd(repeats: int) -> None:
     found: list[tuple[float, float]] = []
     for case in wide():
-        for weight, ratio in compare(case, repeats):
+        for weight, ratio in compare(case, "winograd", torch.float32, repeats):
             expected = winograd_time(case.images, weight, case.layer)
             print(f", expected {expected:.2f}")
             found.append((ratio, expected))
     off = math.sqrt(statistics.fmean(math.log(ratio / expected) ** 2 for ratio, expected in found))
     print(
-        f"by Winograd's filtering: {len(found)} cases, off by {math.expm1(off):.0%} (root mean square); "
+        f"winograd: {len(found)} cases, off by {math.expm1(off):.0%} (root mean square); "
         f"{told([ratio for ratio, expected in found if expected < LIMIT])}"
     )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ways = ["winograd", "im2col", "subpixel", "weights"]
+    parser.add_argument("--ways", nargs="+", choices=ways, default=ways)
+    parser.add_argument("--repeats", type=int, default=7)
+    given = parser.parse_args()
+    memory.keep()
+    if "im2col" in given.ways:
+        narrow = lambda case, weight: im2col.columns(weight, case.layer) <= NARROW  # noqa: E731
+        measure(at_the_pixels(), "im2col", torch.float32, given.repeats, narrow)
+    for dtype in (torch.float32, torch.bfloat16) if "subpixel" in given.ways else ():
+        image = lambda case, weight: case.larger <= COLOURS  # noqa: E731
+        measure(at_the_pixels(), "subpixel", dtype, given.repeats, image)
+    if "weights" in given.ways:
+        measure(wide(), "weights", torch.bfloat16, given.repeats, by_patches)
+    if "winograd" in given.ways:
+        measure_winograd(given.repeats)
+
+
+def by_patches(case: Case, weight: Tensor) -> bool:
+    size = torch.Size([case.images, case.larger, case.size, case.size])
+    with torch.autocast("cpu", torch.bfloat16):
+        return _gradient_by_im2col(torch.empty(0, dtype=torch.bfloat16), weight, 2, size)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from strided import on_processor
 from torch import nn
 
 from dcgan import convolution, models
@@ -104,7 +105,7 @@ def used(monkeypatch):
 
 @pytest.mark.parametrize("layer", [Conv2d(8, 4, 4, 2, 1, bias=False), ConvTranspose2d(4, 8, 4, 2, 1, bias=False)])
 def test_it_is_used_for_small_maps_alone_and_gives_the_same(used, layer, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    on_processor(monkeypatch, "AMX")
     x = torch.randn(5, layer.in_channels, 8, 8).contiguous(memory_format=torch.channels_last)
 
     def gradient():
@@ -116,18 +117,36 @@ def test_it_is_used_for_small_maps_alone_and_gives_the_same(used, layer, monkeyp
 
     by_patches = gradient()
     assert len(used) == 1
-    monkeypatch.setattr(convolution, "LARGEST", 100)
+    monkeypatch.setattr(convolution, "PATCHES_AMX", (1, 100))
     plain = gradient()
     assert len(used) == 1
     torch.testing.assert_close(by_patches, plain, rtol=0.02, atol=0.02 * plain.abs().max().item())
 
 
-def test_it_is_not_used_without_amx_nor_in_float32_nor_without_a_gradient(used, monkeypatch):
-    layer, x = Conv2d(8, 4, 4, 2, 1, bias=False), torch.randn(5, 8, 8, 8)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+@pytest.mark.parametrize("kind", [Conv2d, ConvTranspose2d])
+@pytest.mark.parametrize(
+    ("processor", "smaller", "larger", "expected"),
+    [
+        ("AMX", 128, 64, True),
+        ("AMX", 256, 3, False),
+        ("AVX-512 BF16", 128, 64, False),
+        ("AVX-512 BF16", 256, 64, True),
+        ("AVX-512 BF16", 256, 3, False),
+        ("AVX-512", 256, 64, False),
+    ],
+)
+def test_without_amx_it_is_used_for_many_channels_alone(used, monkeypatch, kind, processor, smaller, larger, expected):
+    on_processor(monkeypatch, processor)
+    channels = (larger, smaller) if kind is Conv2d else (smaller, larger)
+    layer = kind(*channels, 4, 2, 1, bias=False)
     with torch.autocast("cpu", torch.bfloat16):
-        layer(x).sum().backward()
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+        layer(torch.randn(2, channels[0], 4, 4)).sum().backward()
+    assert bool(used) == expected
+
+
+def test_it_is_not_used_in_float32_nor_without_a_gradient(used, monkeypatch):
+    layer, x = Conv2d(8, 4, 4, 2, 1, bias=False), torch.randn(5, 8, 8, 8)
+    on_processor(monkeypatch, "AMX")
     layer(x).sum().backward()
     layer.weight.requires_grad_(False)
     with torch.autocast("cpu", torch.bfloat16):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from strided import recorded
+from strided import on_processor, recorded
 
 from dcgan import im2col, models
 from dcgan.config import Model
@@ -11,6 +11,7 @@ from dcgan.convolution import Conv2d, ConvTranspose2d
 
 @pytest.fixture
 def used(monkeypatch):
+    on_processor(monkeypatch, "AVX2")
     return recorded(monkeypatch, im2col)
 
 
@@ -27,7 +28,7 @@ def test_it_is_used_at_the_pixels_alone(used, kernel, channels, expected):
     assert used == (["Transposed", "Convolution"] if expected else [])
 
 
-def test_it_is_not_used_in_other_numbers_nor_in_another_format(used):
+def test_it_is_not_used_in_other_numbers_nor_in_another_format_nor_with_avx512(used, monkeypatch):
     for module, x in (
         (Conv2d(1, 8, 4, 2, 1, bias=False), torch.randn(2, 1, 8, 8)),
         (ConvTranspose2d(8, 1, 4, 2, 1, bias=False), torch.randn(2, 8, 4, 4)),
@@ -42,3 +43,7 @@ def test_it_is_not_used_in_other_numbers_nor_in_another_format(used):
             module(x)
         assert len(used) == 2
         used.clear()
+        on_processor(monkeypatch, "AVX-512")
+        module(x)
+        assert not used
+        on_processor(monkeypatch, "AVX2")

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from strided import on_processor, recorded
 
-from dcgan import convolution, models, winograd
+from dcgan import convolution, models, subpixel, winograd
 from dcgan.config import Model, Train
 from dcgan.data.batches import Batches
 from dcgan.distributed import Place
@@ -66,15 +67,25 @@ def test_losses_are_those_of_the_plain_step(digits_store, settings, first):
 
 def test_losses_by_winograds_filtering_are_those_of_the_plain_step(digits_store, monkeypatch):
     """In every layer of stride 2, however narrow."""
-    calls = []
+    on_processor(monkeypatch, "AVX2")
     monkeypatch.setattr(convolution, "LIMIT", float("inf"))
-    for function in (winograd.Convolution, winograd.Transposed):
-        apply = function.apply
-        monkeypatch.setattr(function, "apply", lambda *args, a=apply: calls.append(1) or a(*args))
+    calls = recorded(monkeypatch, winograd)
     expected, got = np.array(json.loads(FILE.read_text())), play(digits_store, memory_format="channels_last")
     np.testing.assert_allclose(got[:10], expected[:10], rtol=1e-3)
     np.testing.assert_allclose(windows(got), windows(expected), rtol=TOLERANCE)
     assert len(calls) == STEPS * (3 * 3 + 3)
+
+
+@pytest.mark.parametrize(("precision", "first"), [("float32", 1e-3), ("bfloat16", 0.02)])
+def test_losses_by_subpixel_convolution_are_those_of_the_plain_step(digits_store, monkeypatch, precision, first):
+    on_processor(monkeypatch, "AVX-512 BF16")
+    monkeypatch.setattr(convolution, "PATCHES_AVX512", (1, 2**24))  # and every weight gradient by patches
+    calls = recorded(monkeypatch, subpixel)
+    expected = np.array(json.loads(FILE.read_text()))
+    got = play(digits_store, precision=precision, memory_format="channels_last")
+    np.testing.assert_allclose(got[:10], expected[:10], rtol=first)
+    np.testing.assert_allclose(windows(got), windows(expected), rtol=TOLERANCE)
+    assert len(calls) == STEPS * (3 + 1)
 
 
 @pytest.mark.gpu

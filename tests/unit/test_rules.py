@@ -48,6 +48,7 @@ LAYERS: list[set[str]] = [
         "dcgan.config",
         "dcgan.convolution",
         "dcgan.im2col",
+        "dcgan.subpixel",
         "dcgan.winograd",
         "dcgan.memory",
         "dcgan.models",

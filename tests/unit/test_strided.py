@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strided import case, with_gradients
 
-from dcgan import im2col, winograd
+from dcgan import im2col, subpixel, winograd
 
-WAYS = [winograd, im2col]
+WAYS = [winograd, im2col, subpixel]
 
 
 @pytest.mark.parametrize("way", WAYS)

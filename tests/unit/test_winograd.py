@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from strided import case, recorded, with_gradients
+from strided import case, on_processor, recorded, with_gradients
 from torch import nn
 
 from dcgan import convolution, models, winograd
@@ -19,6 +19,11 @@ def test_float32_loses_little(kernel, transposed):
     exact = with_gradients(theirs, x.double(), weight.double())
     for one, other in zip(with_gradients(ours, x, weight), exact, strict=True):
         assert (one - other).abs().max() < 1e-5 * other.abs().max()
+
+
+@pytest.fixture(autouse=True)
+def _processor(monkeypatch):
+    on_processor(monkeypatch, "AVX2")
 
 
 @pytest.fixture
@@ -59,7 +64,7 @@ def test_a_layer_between_wide_maps_uses_it_for_the_gradient_of_its_input_alone_t
     assert [chosen(module, x) for module, x in modules] == [False, True, True]
 
 
-def test_it_is_not_used_without_a_gradient_nor_in_other_numbers_nor_in_another_format(monkeypatch):
+def test_it_is_not_used_without_a_gradient_nor_in_other_numbers_nor_in_another_format_nor_with_avx512(monkeypatch):
     monkeypatch.setattr(convolution, "LIMIT", float("inf"))
     conv, x = Conv2d(8, 16, 4, 2, 1, bias=False).to(memory_format=torch.channels_last), torch.randn(4, 8, 8, 8)
     assert chosen(conv, x)
@@ -69,6 +74,9 @@ def test_it_is_not_used_without_a_gradient_nor_in_other_numbers_nor_in_another_f
         assert not chosen(conv, x)
     assert not chosen(conv, x.double())
     assert not chosen(Conv2d(8, 16, 4, 2, 1, bias=False), x)
+    on_processor(monkeypatch, "AVX-512")
+    assert not chosen(conv, x)
+    on_processor(monkeypatch, "AVX2")
     conv.weight.requires_grad_(False)
     assert not chosen(conv, x)
 

@@ -1,0 +1,51 @@
+"""The rule that computes images as sub-pixel convolutions, and bfloat16; test_strided.py has what they compute."""
+
+import pytest
+import torch
+from strided import case, on_processor, recorded, with_gradients
+
+from dcgan import models, subpixel
+from dcgan.config import Model
+
+
+@pytest.fixture
+def used(monkeypatch):
+    return recorded(monkeypatch, subpixel)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kernel", "channels"), [(4, 3), (5, 1), (5, 3)])
+@pytest.mark.parametrize("processor", ["AVX2", "AVX-512", "AVX-512 BF16", "AMX"])
+def test_it_is_used_at_the_pixels_where_there_is_avx512(used, monkeypatch, processor, kernel, channels, dtype):
+    on_processor(monkeypatch, processor)
+    size = 28 if channels == 1 else 32
+    z = "normal" if kernel == 4 else "uniform"
+    nets = models.build(Model(kernel=kernel, width=8, z=z), channels, 0, size, seed=0)
+    generator, discriminator = (net.to(memory_format=torch.channels_last) for net in nets)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        images = generator(torch.randn(2, generator.z_dim))
+        discriminator(images)
+        with torch.no_grad():
+            discriminator(images)
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert used == ([] if processor == "AVX2" else ["Transposed", "Convolution", "Convolution"])
+
+
+def test_it_is_not_used_in_float64_nor_in_another_format(used, monkeypatch):
+    on_processor(monkeypatch, "AMX")
+    for net in models.build(Model(kernel=4, width=8), 3, 0, 32, seed=0):
+        x = torch.randn(2, 100) if net.convs[-1].weight.shape[1] == 3 else torch.randn(2, 3, 32, 32)
+        net(x)
+        net.double().to(memory_format=torch.channels_last)(x.double())
+    assert not used
+
+
+@pytest.mark.parametrize("kernel", [3, 4, 5])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_bfloat16_loses_no_more_than_pytorchs(kernel, transposed):
+    torch.manual_seed(0)
+    x, weight, theirs, ours = case(subpixel, kernel, 8, 32, 3, 8, 8, transposed, torch.bfloat16)
+    exact = with_gradients(theirs, x.double(), weight.double())
+    pairs = zip(with_gradients(ours, x, weight), with_gradients(theirs, x, weight), exact, strict=True)
+    for one, other, value in pairs:
+        assert (one - value).abs().mean() <= 1.1 * (other - value).abs().mean()
