@@ -27,9 +27,13 @@ def numerics(settings: Train, device: torch.device) -> Numerics:
     if settings.precision == "auto" and _multiplies_bfloat16(device):
         dtype = torch.bfloat16
     if settings.memory_format == "auto":
-        last = dtype == torch.bfloat16 or device.type == "cpu"
-        return Numerics(dtype, torch.channels_last if last else torch.contiguous_format)
+        return Numerics(dtype, torch.channels_last if dtype == torch.bfloat16 else layout(device))
     return Numerics(dtype, FORMATS[settings.memory_format])
+
+
+def layout(device: torch.device) -> torch.memory_format:
+    """The memory format in which nets compute float32 fastest: on a CPU, pooling takes a seventh of the time, too."""
+    return torch.channels_last if device.type == "cpu" else torch.contiguous_format
 
 
 def _multiplies_bfloat16(device: torch.device) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor
 from dcgan.config import Model
 from dcgan.data import batches
 from dcgan.models import Generator
+from dcgan.numerics import layout
 from dcgan.pictures import to_uint8
 
 DRAW_BATCH = 256  # images per forward pass
@@ -48,7 +49,7 @@ def sampled(
     """
     if count < 1:
         raise ValueError(f"count={count}: at least 1 image is drawn")
-    return _chunks(generator.to(device), model, classes, count, seed)
+    return _chunks(generator.to(device).to(memory_format=layout(device)), model, classes, count, seed)
 
 
 def _chunks(
