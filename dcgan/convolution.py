@@ -1,12 +1,13 @@
 """Computes the nets' convolutions in other ways than the library where that makes training on a CPU faster.
 
-How depends on the processor. Without AVX-512, float32 layers with many channels use Winograd's filtering
-(`dcgan/winograd.py`), and those at the pixels, with few, one product over patches (`dcgan/im2col.py`). With it, the
-library has better kernels, but for two sums: at the pixels the transpose is a sub-pixel convolution
-(`dcgan/subpixel.py`), and in bfloat16 some weight gradients are a product over patches, which takes oneDNN two to five
-times as long. A conditional net feeds labels to each layer as constant maps; here those maps are never
-built, because what a label adds is the same for all images. Everything else is left to the library, and results agree
-up to rounding.
+Which way is used depends on the processor. Where it does not multiply in bfloat16, float32 layers with many channels
+use Winograd's filtering (`dcgan/winograd.py`), and those at the pixels, with few, one product over patches
+(`dcgan/im2col.py`). Where it does, with AVX-512 BF16 or AMX, the library's kernels are better, except for two
+operations: transposed convolutions to images, done as sub-pixel convolutions (`dcgan/subpixel.py`), and the weight
+gradients of some layers in bfloat16, done as one product over patches.
+
+A conditional net feeds labels to each layer as constant maps; here those maps are never built, because what a label
+adds is the same for all images. Everything else is left to the library, and results agree up to rounding.
 """
 
 from abc import ABC, abstractmethod
@@ -21,8 +22,8 @@ from dcgan import im2col, subpixel, winograd
 from dcgan.winograd import Layer
 
 # For which weight gradients a product over patches is faster than oneDNN: the fewest channels of the smaller map, and
-# the most bytes of patches, with AMX and with AVX-512 BF16 alone. With AMX, 2**25 bytes were slower; without it, 128
-# channels, for which the library reaches 0.65 of a product's rate and making the patches costs as much as the product.
+# the most bytes of patches, with AMX and with AVX-512 BF16 alone. With AMX, where oneDNN takes two to five times as
+# long, 2**25 bytes were slower. Without it, 128 channels were: making the patches costs as much as the product.
 PATCHES_AMX, PATCHES_AVX512 = (1, 2**24), (256, 2**25)
 
 # The time to make Winograd's tiles, in multiplications of a matrix product: per number in the larger map's tiles, in
@@ -131,7 +132,7 @@ def _dtype(x: Tensor) -> torch.dtype:
 
 
 def _cast(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in that dtype; autocast does not look into what is called."""
+    """Both in that dtype: what forward saves is what backward computes with, where autocast is off."""
     return x.to(_dtype(x)), weight.to(_dtype(x))
 
 
@@ -143,11 +144,12 @@ def _channels_last(weight: Tensor) -> bool:
 def _by_winograd(x: Tensor, weight: Tensor, layer: Layer) -> bool:
     """Whether a gradient is wanted and Winograd's filtering is faster. Without gradients it hardly is.
 
-    With AVX-512 it is slower, 1.4 times on an AMD EPYC: there the library's direct sum outruns a matrix product.
+    Nor is it on processors that multiply in bfloat16: on an AMD EPYC with AVX-512 BF16 it takes 1.4 times as long,
+    because the library's direct sum there reaches twice the rate of a matrix product.
     """
     if not (x.device.type == "cpu" and torch.is_grad_enabled() and _dtype(x) == torch.float32):
         return False
-    if torch.cpu._is_avx512_supported():
+    if _wide_vectors():
         return False
     if not (weight.requires_grad or x.requires_grad) or not _channels_last(weight):
         return False
@@ -167,21 +169,26 @@ def _by_im2col(x: Tensor, weight: Tensor, layer: Layer) -> bool:
     """Whether the larger map has so few channels that one product over patches is faster."""
     if not (x.device.type == "cpu" and _dtype(x) == torch.float32 and _channels_last(weight)):
         return False
-    return im2col.columns(weight, layer) <= NARROW and not torch.cpu._is_avx512_supported()
+    return im2col.columns(weight, layer) <= NARROW and not _wide_vectors()
 
 
 def _by_subpixel(x: Tensor, weight: Tensor) -> bool:
-    """Whether the larger map is an image, on a processor whose vectors are wider than its channels by far."""
+    """Whether the larger map is an image, on a processor whose vectors are far wider than its channels."""
     if not (x.device.type == "cpu" and _dtype(x) in (torch.float32, torch.bfloat16) and _channels_last(weight)):
         return False
-    return weight.shape[1] <= COLOURS and torch.cpu._is_avx512_supported()
+    return weight.shape[1] <= COLOURS and _wide_vectors()
+
+
+def _wide_vectors() -> bool:
+    """Whether the processor has AVX-512 BF16 or AMX. AVX-512 alone was never measured, and counts as AVX2 does."""
+    return torch.cpu._is_avx512_bf16_supported()
 
 
 def _gradient_by_im2col(x: Tensor, weight: Tensor, stride: int, large: torch.Size) -> bool:
     """Whether the weight gradient is wanted and faster by patches of the larger map, of size `large` (N, C, H, W)."""
     if not (x.device.type == "cpu" and torch.is_grad_enabled() and weight.requires_grad):
         return False
-    if _dtype(x) != torch.bfloat16 or not torch.cpu._is_avx512_bf16_supported():
+    if _dtype(x) != torch.bfloat16 or not _wide_vectors():
         return False
     fewest, largest = PATCHES_AMX if torch.cpu._is_amx_tile_supported() else PATCHES_AVX512
     images, channels, height, width = large

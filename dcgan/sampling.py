@@ -44,7 +44,8 @@ def sampled(
     """`count` images uint8 (n, C, H, W) and the class each was drawn for, int64 (n,), CHUNK at a time.
 
     The classes take turns, so the first images are balanced, too; without labels the class is -1. The images do not
-    depend on `count`: they are a pure function of the weights and `seed`. BatchNorm uses its running statistics.
+    depend on `count`: they are a pure function of the weights and `seed`. BatchNorm uses its running statistics. The
+    generator is moved to `device`, in the memory format that is fastest there.
     Raises ValueError if `count` is below 1.
     """
     if count < 1:

@@ -203,7 +203,7 @@ def _cpu() -> str:
     lines = CPUINFO.read_text().splitlines() if CPUINFO.exists() else []
     values = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in reversed(lines))}
     flags = values.get("flags", "").split()
-    widest = next((f", {name}" for flag, name in INSTRUCTIONS.items() if flag in flags), "")
+    widest = next((f" ({name})" for flag, name in INSTRUCTIONS.items() if flag in flags), "")
     return values.get("model name", platform.machine()) + widest
 
 

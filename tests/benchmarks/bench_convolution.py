@@ -1,10 +1,10 @@
 """Layers computed in our ways beside PyTorch's: python tests/benchmarks/bench_convolution.py [--help]
 
 A layer's convolution and gradients in turn, once with the weight gradient and once with that of the input alone: the
-ratio of median times. Winograd's filtering is for wide layers without AVX-512: beside each ratio stands the one that
-`dcgan/convolution.py` expects and chooses by, whose constants are fitted to what this prints. Patches (im2col) and
-sub-pixels are for layers at the pixels, without and with AVX-512; `weights` is for the weight gradient of wide layers
-by patches, in bfloat16. Channels last.
+ratio of median times. `winograd` is for wide layers on processors with AVX2: beside each ratio stands the one that
+`dcgan/convolution.py` expects and chooses by, whose constants are fitted to what this prints. `im2col` is for layers at
+the pixels there, `subpixel` for those on processors that multiply in bfloat16, and `weights` for the weight gradients
+of wide layers on the latter, in bfloat16. Channels last.
 """
 
 import argparse
@@ -89,9 +89,9 @@ def compare(case: Case, way: str, dtype: torch.dtype, repeats: int) -> Iterator[
         if case.transposed
         else (case.images, case.larger, case.size, case.size)
     )
-    x = torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last)
+    x = torch.randn(shape).to(dtype).to(memory_format=torch.channels_last)
     weight = torch.randn(case.smaller, case.larger, case.kernel, case.kernel).mul(0.02)
-    weight = weight.to(dtype).contiguous(memory_format=torch.channels_last)
+    weight = weight.to(dtype).to(memory_format=torch.channels_last)  # even of one channel
     both = ours(case, way), library(case)
     gradient = torch.randn_like(both[1](x, weight))
     for wanted in (True, False) if way != "weights" else (True,):

@@ -26,6 +26,7 @@ from dcgan import features
 from dcgan.evaluate import generated
 from dcgan.evaluate.kmeans import kmeans
 from dcgan.evaluate.samples import Samples
+from dcgan.numerics import layout
 
 
 def in_turn(works: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
@@ -46,10 +47,9 @@ def extraction(directory: Path, size: int, device: str, repeats: int) -> None:
     place, store = place_of(run), run.store()
     weights = directory / features.DISCRIMINATOR
     features._export(weights, new_game(run, place, 0.0).discriminator, run, store)
-    layout = features._layout(place.device)
-    extractor = features.load_extractor(weights).to(place.device).to(memory_format=layout)
+    extractor = features.load_extractor(weights).to(place.device).to(memory_format=layout(place.device))
     shape = (features.BATCH, 3, size, size)
-    images = [torch.rand(shape, device=place.device).contiguous(memory_format=layout) for _ in range(4)]
+    images = [torch.rand(shape, device=place.device).contiguous(memory_format=layout(place.device)) for _ in range(4)]
 
     @torch.no_grad()
     def forward() -> None:

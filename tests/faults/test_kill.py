@@ -87,7 +87,8 @@ def test_a_killed_ray_worker_is_replaced_and_metrics_have_no_gap_and_no_double(h
 
 @pytest.mark.slow
 def test_a_killed_flow_resumes_with_the_same_command_bit_for_bit(home, tmp_path):
-    command = [sys.executable, "-m", "flows.train_eval", "digits", *SETTINGS, "compute.workers=1"]
+    # Two workers have a thread each: one with two, whose cores other suites use too, takes three times as long.
+    command = [sys.executable, "-m", "flows.train_eval", "digits", *SETTINGS, "compute.workers=2"]
     process = start(command, home)
     run = wait_for_step(process, home, 400)
     os.killpg(process.pid, signal.SIGKILL)
@@ -104,7 +105,7 @@ def test_a_killed_flow_resumes_with_the_same_command_bit_for_bit(home, tmp_path)
     assert run.scores().keys() == {"knn"}
     assert (run.path / "report.html").is_file()
 
-    whole = stages.ingest(build("digits", [*SETTINGS, f"data.home={tmp_path / 'whole'}", "compute.workers=1"]))
+    whole = stages.ingest(build("digits", [*SETTINGS, f"data.home={tmp_path / 'whole'}", "compute.workers=2"]))
     assert whole.name == run.name
     stages.train(whole)
     resumed, uninterrupted = final_state(run), final_state(whole)

@@ -72,9 +72,11 @@ def test_a_label_is_a_constant_map_of_each_class(kind, stride, kernel, padding, 
         torch.testing.assert_close(found, value)
 
 
+@pytest.mark.parametrize("processor", ["AVX2", "AVX-512 BF16"])
 @pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
-def test_the_nets_of_mnist_have_the_gradients_of_constant_maps(format):
+def test_the_nets_of_mnist_have_the_gradients_of_constant_maps(format, processor, monkeypatch):
     """In float32, by whatever way each layer is computed, with a label that some images lack and one that all lack."""
+    on_processor(monkeypatch, processor)
 
     def play(by_definition):
         nets = models.build(Model(kernel=5, width=32, conditional=True, hidden=16, affine=False), 1, 10, 28, seed=0)
@@ -135,7 +137,7 @@ def test_it_is_used_for_small_maps_alone_and_gives_the_same(used, layer, monkeyp
         ("AVX-512", 256, 64, False),
     ],
 )
-def test_without_amx_it_is_used_for_many_channels_alone(used, monkeypatch, kind, processor, smaller, larger, expected):
+def test_the_processor_and_the_channels_decide(used, monkeypatch, kind, processor, smaller, larger, expected):
     on_processor(monkeypatch, processor)
     channels = (larger, smaller) if kind is Conv2d else (smaller, larger)
     layer = kind(*channels, 4, 2, 1, bias=False)

@@ -28,7 +28,7 @@ def test_it_is_used_at_the_pixels_alone(used, kernel, channels, expected):
     assert used == (["Transposed", "Convolution"] if expected else [])
 
 
-def test_it_is_not_used_in_other_numbers_nor_in_another_format_nor_with_avx512(used, monkeypatch):
+def test_it_is_not_used_in_other_numbers_nor_in_another_format_nor_where_bfloat16_is_fast(used, monkeypatch):
     for module, x in (
         (Conv2d(1, 8, 4, 2, 1, bias=False), torch.randn(2, 1, 8, 8)),
         (ConvTranspose2d(8, 1, 4, 2, 1, bias=False), torch.randn(2, 8, 4, 4)),
@@ -43,7 +43,7 @@ def test_it_is_not_used_in_other_numbers_nor_in_another_format_nor_with_avx512(u
             module(x)
         assert len(used) == 2
         used.clear()
-        on_processor(monkeypatch, "AVX-512")
+        on_processor(monkeypatch, "AVX-512 BF16")
         module(x)
         assert not used
         on_processor(monkeypatch, "AVX2")

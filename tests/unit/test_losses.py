@@ -80,12 +80,14 @@ def test_losses_by_winograds_filtering_are_those_of_the_plain_step(digits_store,
 def test_losses_by_subpixel_convolution_are_those_of_the_plain_step(digits_store, monkeypatch, precision, first):
     on_processor(monkeypatch, "AVX-512 BF16")
     monkeypatch.setattr(convolution, "PATCHES_AVX512", (1, 2**24))  # and every weight gradient by patches
-    calls = recorded(monkeypatch, subpixel)
+    calls, products, product = recorded(monkeypatch, subpixel), [], convolution._product
+    monkeypatch.setattr(convolution, "_product", lambda *args: products.append(1) or product(*args))
     expected = np.array(json.loads(FILE.read_text()))
     got = play(digits_store, precision=precision, memory_format="channels_last")
     np.testing.assert_allclose(got[:10], expected[:10], rtol=first)
     np.testing.assert_allclose(windows(got), windows(expected), rtol=TOLERANCE)
     assert len(calls) == STEPS * (3 + 1)
+    assert len(products) == (STEPS * (2 * 2 + 2) if precision == "bfloat16" else 0)
 
 
 @pytest.mark.gpu

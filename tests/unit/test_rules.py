@@ -28,6 +28,7 @@ IMPORTERS = {
     "prefect": ("flows/",),
     "ray": ("dcgan/cluster",),
     "mlflow": ("dcgan/tracking",),
+    "torchvision": (),  # the tests' reference; torch-fidelity brings it along
     "PIL": ("dcgan/data/decode.py", "dcgan/data/shards.py", "dcgan/tracking", "dcgan/report"),
     "lmdb": ("dcgan/data/sources/",),
     "s3fs": ("dcgan/data/sources/", "dcgan/remote.py"),

@@ -61,6 +61,12 @@ def test_drawing_leaves_the_generator_as_it_was():
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
+def test_on_a_cpu_it_is_drawn_in_channels_last():
+    net = generator()
+    together(1, net=net)
+    assert all(conv.weight.stride(1) == 1 for conv in net.convs)
+
+
 def test_the_seed_decides():
     net = generator()
     assert np.array_equal(together(9, net=net)[0], together(9, net=net)[0])

@@ -1,4 +1,4 @@
-"""Convolutions of stride 2 by Winograd's filtering and im2col: each is PyTorch's, and has its gradients."""
+"""Convolutions of stride 2 by Winograd's filtering, im2col and sub-pixels: each is PyTorch's, and has its gradients."""
 
 import pytest
 import torch

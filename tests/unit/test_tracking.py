@@ -192,10 +192,10 @@ def test_an_environment_names_versions_and_commit() -> None:
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        ("sse2 avx2 avx512f avx512_bf16 amx_bf16", "Xeon 9, AMX"),
-        ("sse2 avx2 avx512f avx512_bf16", "Xeon 9, AVX-512 BF16"),
-        ("sse2 avx2 avx512f", "Xeon 9, AVX-512"),
-        ("sse2 avx2", "Xeon 9, AVX2"),
+        ("sse2 avx2 avx512f avx512_bf16 amx_bf16", "Xeon 9 (AMX)"),
+        ("sse2 avx2 avx512f avx512_bf16", "Xeon 9 (AVX-512 BF16)"),
+        ("sse2 avx2 avx512f", "Xeon 9 (AVX-512)"),
+        ("sse2 avx2", "Xeon 9 (AVX2)"),
         ("sse2", "Xeon 9"),
     ],
 )

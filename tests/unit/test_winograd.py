@@ -64,7 +64,9 @@ def test_a_layer_between_wide_maps_uses_it_for_the_gradient_of_its_input_alone_t
     assert [chosen(module, x) for module, x in modules] == [False, True, True]
 
 
-def test_it_is_not_used_without_a_gradient_nor_in_other_numbers_nor_in_another_format_nor_with_avx512(monkeypatch):
+def test_it_is_not_used_without_a_gradient_nor_in_other_numbers_nor_in_another_format_nor_where_bfloat16_is_fast(
+    monkeypatch,
+):
     monkeypatch.setattr(convolution, "LIMIT", float("inf"))
     conv, x = Conv2d(8, 16, 4, 2, 1, bias=False).to(memory_format=torch.channels_last), torch.randn(4, 8, 8, 8)
     assert chosen(conv, x)
@@ -74,7 +76,7 @@ def test_it_is_not_used_without_a_gradient_nor_in_other_numbers_nor_in_another_f
         assert not chosen(conv, x)
     assert not chosen(conv, x.double())
     assert not chosen(Conv2d(8, 16, 4, 2, 1, bias=False), x)
-    on_processor(monkeypatch, "AVX-512")
+    on_processor(monkeypatch, "AVX-512 BF16")
     assert not chosen(conv, x)
     on_processor(monkeypatch, "AVX2")
     conv.weight.requires_grad_(False)

@@ -43,8 +43,8 @@ def read(data: Data, downloads: Path) -> Opened:
     content, files = cifar.read(release, data, downloads / "cifar10")
     splits = {}
     for split, names in SPLITS.items():
-        pixels = np.concatenate([content[name]["data"] for name in names])
-        labels = np.concatenate([content[name]["labels"] for name in names])
+        batches = [content.pop(name) for name in names]
+        pixels, labels = (np.concatenate([batch[key] for batch in batches]) for key in ("data", "labels"))
         splits[split] = Pixels(cifar.images(pixels), labels)
     classes = tuple(content["batches.meta"]["label_names"])
     return Opened(Description(data.name, classes, data.size, 3, TRANSFORM), splits, files)
