@@ -42,7 +42,7 @@ def ingest(experiment: Experiment) -> Run:
             "set evaluate.protocols=[clustering]"
         )
     if len(scored.classes) > 1:
-        from dcgan.evaluate.samples import check_labels
+        from dcgan.evaluate.inputs import check_labels
 
         check_labels({split: scored.labels(split) for split in scored.scored}, experiment.evaluate)
     if scored.channels != store.channels:

@@ -11,7 +11,7 @@ import numpy as np
 
 from dcgan.config import Evaluate, Protocol
 from dcgan.evaluate import clustering, knn, svm
-from dcgan.evaluate.samples import Labelled
+from dcgan.evaluate.inputs import Labelled
 
 Evaluator = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray, Evaluate, Labelled | None], dict[str, float]]
 

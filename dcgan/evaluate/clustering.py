@@ -5,8 +5,9 @@ from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
 from dcgan.config import Evaluate
+from dcgan.evaluate.inputs import Labelled, check
 from dcgan.evaluate.kmeans import kmeans
-from dcgan.evaluate.samples import Labelled, Samples, check, device
+from dcgan.evaluate.samples import Samples, device
 
 
 def score(

@@ -4,17 +4,8 @@ import numpy as np
 import torch
 
 from dcgan.config import Evaluate
-from dcgan.evaluate.samples import (
-    Labelled,
-    Samples,
-    check,
-    check_classes,
-    check_neighbours,
-    device,
-    draw,
-    labelled,
-    split_for_choice,
-)
+from dcgan.evaluate.inputs import Labelled, check, check_classes, check_neighbours, draw, labelled, split_for_choice
+from dcgan.evaluate.samples import Samples, device
 
 CHOICE_DRAWS = 10  # on which the number of neighbours is chosen, as C is
 QUERIES = 1024  # images compared at once with all references: 200 MiB of distances to 50,000
@@ -35,7 +26,7 @@ def score(
     `settings.labels` random labels are used (0: all). The one of `settings.neighbours` with the highest accuracy on
     `validation`, the smaller of equal ones, is chosen; without `validation`, on a fifth of the labels, which are then
     used with the others. Test is scored once.
-    Raises ValueError for input that `samples` rejects, or if there are fewer images to compare with than neighbours.
+    Raises ValueError for input that `inputs` rejects, or if there are fewer images to compare with than neighbours.
     """
     check(train_x, train_y, test_x, test_y, validation)
     check_classes(train_y, test_y)

@@ -15,7 +15,7 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from dcgan.config import Evaluate
-from dcgan.evaluate.samples import check, check_classes, draw, hold_out
+from dcgan.evaluate.inputs import check, check_classes, draw, hold_out
 from dcgan.evaluate.svm import L2SVM, score_few_labels
 
 # All from the published code.
@@ -97,7 +97,7 @@ def score(
     `accuracy` is that of the published classifier, in which nothing is chosen: `standardise`, then an L2-SVM with
     C = 100 / N. The others are those of `svm.score_few_labels`, so that these features and a discriminator's face the
     same test: C is chosen on a fifth of train that is held out of all draws. No C was published for few labels.
-    Raises ValueError for input that `PatchKMeans` or `samples` rejects, or if a class has too few labels to draw.
+    Raises ValueError for input that `PatchKMeans` or `inputs` rejects, or if a class has too few labels to draw.
     """
     # Reject bad input before the work.
     _views(train_images), _views(test_images)

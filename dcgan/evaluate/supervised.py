@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dcgan.config import Model, digest
-from dcgan.evaluate.samples import NotConvergedError, draw
+from dcgan.evaluate.inputs import draw
+from dcgan.evaluate.samples import NotConvergedError
 from dcgan.models import STEM, Discriminator, initialise
 
 LEARNING_RATES = (1e-4, 1e-2)  # log-uniform, around the 2e-4 and 5e-4 of the paper and of its SVHN code

@@ -15,9 +15,10 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from dcgan.config import Evaluate
+from dcgan.evaluate.inputs import Labelled, check, check_classes, draw, labelled, split_for_choice
 from dcgan.evaluate.newton import minimise
 from dcgan.evaluate.products import products, scores
-from dcgan.evaluate.samples import Labelled, Samples, check, check_classes, device, draw, labelled, split_for_choice
+from dcgan.evaluate.samples import Samples, device
 
 TOLERANCE = 1e-3  # of the objective, as a proven bound; on digits the actual distance was at most 6e-5
 CHOICE_DRAWS = 10  # on which C is chosen; the SVHN code's number
@@ -119,7 +120,7 @@ def score(
     x: float16 or float32 (N, F), y: int64 (N,). `settings.labels` random labels are used, the classes in proportion
     (0: all). The C of `settings.c_grid` with the highest accuracy on `validation`, the smaller of equal ones, is
     chosen; without `validation` a fifth of the labels is held out for that, and all are then fitted with the chosen C.
-    Test is scored once. Raises ValueError for input that `samples` rejects.
+    Test is scored once. Raises ValueError for input that `inputs` rejects.
     """
     check(train_x, train_y, test_x, test_y, validation)
     check_classes(train_y, test_y)
@@ -154,7 +155,7 @@ def score_few_labels(
     C; the C with the highest mean accuracy on `validation`, the smaller of equal ones, is chosen. SVMs with that C,
     fitted to all `settings.draws` draws, are scored on test: mean, and standard deviation with divisor draws - 1; the
     published interval is 1.96 of these. Without `validation`, a fifth of train is held out for it and not drawn from.
-    Raises ValueError for input that `samples` rejects, also where a class has too few labels to draw.
+    Raises ValueError for input that `inputs` rejects, also where a class has too few labels to draw.
     """
     check(train_x, train_y, test_x, test_y, validation)
     check_classes(train_y, test_y)

@@ -18,16 +18,8 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import validate_data
 from torch import Tensor
 
-from dcgan.evaluate.samples import (
-    Labelled,
-    NotConvergedError,
-    Samples,
-    check,
-    check_classes,
-    device,
-    draw,
-    split_for_choice,
-)
+from dcgan.evaluate.inputs import Labelled, check, check_classes, draw, split_for_choice
+from dcgan.evaluate.samples import NotConvergedError, Samples, device
 from dcgan.evaluate.svm import L2SVM
 
 UNLABELLED = -1  # scikit-learn's label of a row that has none
@@ -206,7 +198,7 @@ def score(
     TRIED with the highest accuracy on `validation`, the smaller of equal ones, are chosen for all draws. Without
     `validation`, a fifth of train is held out for it: neither drawn from nor unlabelled. Test is scored once per draw:
     mean, and standard deviation with divisor draws - 1.
-    Raises ValueError for input that `samples` rejects, for fewer than two draws and for a `c_grid` that is empty or
+    Raises ValueError for input that `inputs` rejects, for fewer than two draws and for a `c_grid` that is empty or
     holds what is not positive.
     """
     check(train_x, train_y, test_x, test_y, validation)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from dcgan import config, stages
 from dcgan.config import DataSet, Evaluate, Experiment
 from dcgan.data.store import Store
-from dcgan.evaluate.samples import Labelled
+from dcgan.evaluate.inputs import Labelled
 from dcgan.run import Run
 
 

@@ -18,7 +18,7 @@ from raw_pixel_clustering import load
 
 from dcgan.config import Evaluate
 from dcgan.evaluate import svm, tsvm
-from dcgan.evaluate.samples import labelled
+from dcgan.evaluate.inputs import labelled
 
 SVHN_TEST = 283  # of the 1,083 images
 

@@ -7,7 +7,8 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from dcgan.config import Evaluate
 from dcgan.evaluate import knn
-from dcgan.evaluate.samples import Samples, hold_out
+from dcgan.evaluate.inputs import hold_out
+from dcgan.evaluate.samples import Samples
 
 
 def blobs(spread=0.5, n=150, seed=0):
