@@ -1,14 +1,15 @@
 """What the system adds to the bare loop: python tests/benchmarks/bench_system.py [--help]
 
-Bare: batches of a store of 50,000 random images through the step, nothing else, in this process. System: the same steps
-as `dcgan train` has them: a Ray Train worker, lines of metrics every 50 steps, MLflow, moving average, and every 1,000
-steps a sample grid and a checkpoint with its distance. They take turns of a fortieth of the steps, and every process of
-the system is stopped (SIGSTOP) while the bare loop has its turn, so that both meet the same machine. The first steps of
-a turn are not counted: what was stopped has to catch up. First the parts, each measured alone.
+Bare: batches of a store of 50,000 random images through the step, nothing else. System: the same steps as `dcgan train`
+has them: a Ray Train worker, lines of metrics every 50 steps, MLflow, moving average, and every 1,000 steps a sample
+grid and a checkpoint with its distance. Both are processes started here, and take turns of a fortieth of the steps: who
+is not in turn is stopped (SIGSTOP) with all its processes, so that both meet the same machine and pay the same for it.
+The first steps of a turn are not counted: what was stopped has to catch up. First the parts, each measured alone.
 """
 
 import argparse
 import os
+import select
 import signal
 import statistics
 import subprocess
@@ -17,7 +18,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from dcgan.data.batches import Batches
 from dcgan.data.store import Description
 from dcgan.distributed import Place
 from dcgan.player import Player
-from dcgan.run import Run, read_lines
+from dcgan.run import Run
 from dcgan.step import Game
 
 TURNS = 40
@@ -82,47 +83,35 @@ def new_game(run: Run, place: Place, ema: float) -> Game:
     return Game(*nets, settings, place)
 
 
-class Bare:
-    """The steps alone, in this process, a turn at a time."""
-
-    def __init__(self, run: Run) -> None:
-        place, settings = place_of(run), run.experiment.train
-        memory.keep()
-        self.player, store = Player(new_game(run, place, 0.0), run.experiment.compute.graph), run.store()
-        data = Batches(store, store.training, settings.batch_size, settings.seed, place, run.experiment.model)
-        self.batches, self.step = data.from_step(0), 0
-
-    def turn(self, steps: int, uncounted: int = 0) -> float:
-        """Seconds of the next steps, but for the first of them, which are not counted."""
-        self._play(uncounted)
-        began = time.perf_counter()
-        self._play(steps - uncounted)
-        return time.perf_counter() - began
-
-    def _play(self, steps: int) -> None:
-        for _ in range(steps):
-            self.player.play(self.step, next(self.batches))
-            self.step += 1
-        [value.item() for value in self.player.sums.values()]  # waits for the device
+def bare(run: Run) -> None:
+    """The steps alone."""
+    memory.keep()
+    place, settings, store = place_of(run), run.experiment.train, run.store()
+    player = Player(new_game(run, place, 0.0), run.experiment.compute.graph)
+    data = Batches(store, store.training, settings.batch_size, settings.seed, place, run.experiment.model)
+    with closing(data.from_step(0)) as batches:
+        for step, batch in zip(range(settings.steps), batches, strict=False):
+            player.play(step, batch)
+    [value.item() for value in player.sums.values()]  # waits for the device
 
 
-def system(run_path: str) -> None:
-    """Train a run in TURNS turns: after each this worker writes its seconds and waits until the next is its own.
+def in_turns(run: Run, side: str, work: Callable[[Run], None]) -> None:
+    """Do `work`, which plays all steps: after each of TURNS turns, write its seconds and wait until the next may begin.
 
-    The last turn ends with `train`, its last checkpoint on disk. What comes before the first step is not counted.
+    The last turn ends with `work`: of the system's, with its last checkpoint on disk.
     """
-    run, play, began = Run.open(Path(run_path)), Player.play, 0.0
+    play, began = Player.play, 0.0
     turn = run.experiment.train.steps // TURNS
 
     def write() -> None:
-        keeper.append(run.path / "turns.jsonl", {"seconds": time.perf_counter() - began})
+        (run.path / f"{side}.pipe").write_text(f"{time.perf_counter() - began}\n")
 
     def in_turn(self: Player, step: int, batch: Any) -> None:
         nonlocal began
         if step and step % turn == 0:
             [value.item() for value in self.sums.values()]
             write()
-            while not (run.path / f"turn-{step // turn}").exists():
+            while not (run.path / f"{side}-{step // turn}").exists():
                 time.sleep(0.005)
         if step % turn == UNCOUNTED:
             [value.item() for value in self.sums.values()]
@@ -130,40 +119,48 @@ def system(run_path: str) -> None:
         play(self, step, batch)
 
     Player.play = in_turn  # type: ignore[method-assign]
-    train.train(run)
+    work(run)
     write()
 
 
-class System:
-    """A run as `dcgan train` has it, in a process of its own with all that it starts: Ray's servers, worker, MLflow."""
+def system(run_path: str) -> None:
+    """What a Ray Train worker does."""
+    in_turns(Run.open(Path(run_path)), "system", train.train)
 
-    def __init__(self, run: Run) -> None:
-        self.run, self.turns = run, 0
-        self.mark = f"BENCH_SYSTEM={run.path}"
-        name, _, value = self.mark.partition("=")
+
+class Side:
+    """`bare`, or a run as `dcgan train` has it, in a process with all that it starts: Ray's servers, worker, MLflow."""
+
+    def __init__(self, run: Run, name: str) -> None:
+        self.run, self.name, self.turns = run, name, 0
+        os.mkfifo(run.path / f"{name}.pipe")
+        self.pipe = os.open(run.path / f"{name}.pipe", os.O_RDWR)  # for writing, too: or it would end with each writer
+        self.mark = f"BENCH_SYSTEM={run.path}/{name}"
+        key, _, value = self.mark.partition("=")
         self.process = subprocess.Popen(
-            [sys.executable, __file__, "--run", str(run.path)],
-            env=os.environ | {name: value},
+            [sys.executable, __file__, "--run", str(run.path), "--side", name],
+            env=os.environ | {key: value},
             start_new_session=True,  # the kernel hangs up a session that loses its shell while some of it is stopped
         )
 
-    def turn(self, first: bool) -> float:
+    def turn(self) -> float:
         """Seconds of its next turn, at whose end all its processes are stopped."""
-        if not first:
-            (self.run.path / f"turn-{self.turns}").touch()
+        if self.turns:
+            (self.run.path / f"{self.name}-{self.turns}").touch()
             self._signal(signal.SIGCONT)
-        while len(lines := read_lines(self.run.path / "turns.jsonl")) == self.turns:
+        while not select.select([self.pipe], [], [], 1)[0]:  # whoever looks more often slows what it waits for
             if self.process.poll() is not None:
-                raise RuntimeError(f"the system's run ended after {self.turns} of {TURNS} turns")
-            time.sleep(0.02)
+                raise RuntimeError(f"{self.name} ended after {self.turns} of {TURNS} turns")
+        seconds = float(os.read(self.pipe, 100))
         self._signal(signal.SIGSTOP)
         self.turns += 1
-        return lines[-1]["seconds"]
+        return seconds
 
     def close(self) -> None:
         """Let it end by itself after its last turn, and kill it before."""
         self._signal(signal.SIGCONT if self.turns == TURNS else signal.SIGKILL)
         self.process.wait()
+        os.close(self.pipe)
 
     def _signal(self, number: int) -> None:
         for directory in processes(self.mark):
@@ -271,20 +268,19 @@ def compare(home: Path, size: int, steps: int, device: str) -> dict[str, Any]:
     if steps % TURNS or steps <= UNCOUNTED * TURNS:
         raise ValueError(f"{steps} steps: a multiple of {TURNS} above {UNCOUNTED * TURNS} is needed")
     run = open_run(home, size, steps, 0, device)
-    bare, other = Bare(open_run(home, size, steps, 0, device)), System(run)
-    try:
-        turns = {"bare": [], "system": [other.turn(first=True)]}
-        before = processor_seconds(other.mark)
-        while True:
-            turns["bare"].append(bare.turn(steps // TURNS, UNCOUNTED))
+    with ExitStack() as stack:
+        sides, turns = [], {}
+        for name in ("bare", "system"):
+            sides.append(Side(run, name))
+            stack.callback(sides[-1].close)
+            turns[name] = [sides[-1].turn()]
+        before = processor_seconds(sides[1].mark)
+        for _ in range(TURNS - 1):
+            for side in sides:
+                turns[side.name].append(side.turn())
             print(f"{turns['bare'][-1]:.2f} s bare, {turns['system'][-1]:.2f} s system", flush=True)
-            if bare.step == steps:
-                break
-            turns["system"].append(other.turn(first=False))
         seconds = sum(turns["system"][1:])
-        after = processor_seconds(other.mark)
-    finally:
-        other.close()
+        after = processor_seconds(sides[1].mark)
     beside = {name: (spent - before.get(name, 0.0)) / seconds for name, spent in after.items()}
     return {"steps": steps, **turns, "beside": dict(sorted(beside.items(), key=lambda item: -item[1]))}
 
@@ -302,9 +298,13 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--steps", type=int, default=1000, help=f"a multiple of {TURNS}, at least {3 * TURNS}")
-    parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)  # the process of a System
+    parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)  # of the process of a Side
+    parser.add_argument("--side", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
-    if chosen.run:
+    if chosen.side == "bare":
+        in_turns(Run.open(chosen.run), "bare", bare)
+        return
+    if chosen.side == "system":
         pipeline.train_here = system
         pipeline.train(Run.open(chosen.run))
         return
