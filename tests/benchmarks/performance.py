@@ -103,8 +103,8 @@ def plot(records: list[dict[str, Any]], file: Path) -> None:
     """Images a second of both, a group for each machine, a panel for each size."""
     sizes = sorted({row["size"] for record in records for row in record["step"]})
     plt.rcParams["svg.hashsalt"] = "performance"
-    shape = {"figsize": (4 * len(sizes), 1.3 + 0.6 * len(records)), "layout": "constrained", "squeeze": False}
-    figure, panels = plt.subplots(1, len(sizes), **shape)
+    shape = {"figsize": (2 + 3.5 * len(sizes), 1.3 + 0.6 * len(records)), "layout": "constrained", "squeeze": False}
+    figure, panels = plt.subplots(1, len(sizes), sharey=True, **shape)
     for size, axes in zip(sizes, panels[0], strict=True):
         rows = [(record["hardware"], row) for record in records for row in record["step"] if row["size"] == size]
         for offset, name, colour in ((0.2, "eager", "#9aa5b1"), (-0.2, "ours", "#1f6feb")):
@@ -112,7 +112,7 @@ def plot(records: list[dict[str, Any]], file: Path) -> None:
             bars = axes.barh([place + offset for place in range(len(rows))], rates, 0.38, label=name, color=colour)
             axes.bar_label(bars, [f"{rate:,.0f} {name}" for rate in rates], padding=3)
         axes.set_yticks(range(len(rows)), [hardware for hardware, _ in rows])
-        axes.margins(x=0.35)
+        axes.margins(x=0.5)  # for the labels
         axes.set_xlabel(f"images a second, {size} px, batch 128")
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
