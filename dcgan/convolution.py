@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dcgan import im2col, subpixel, winograd
+from dcgan.numerics import multiplies_bfloat16
 from dcgan.winograd import Layer
 
 # For which weight gradients a product over patches is faster than oneDNN: the fewest channels of the smaller map, and
@@ -149,7 +150,7 @@ def _by_winograd(x: Tensor, weight: Tensor, layer: Layer) -> bool:
     """
     if not (x.device.type == "cpu" and torch.is_grad_enabled() and _dtype(x) == torch.float32):
         return False
-    if _wide_vectors():
+    if multiplies_bfloat16(x.device):
         return False
     if not (weight.requires_grad or x.requires_grad) or not _channels_last(weight):
         return False
@@ -169,26 +170,24 @@ def _by_im2col(x: Tensor, weight: Tensor, layer: Layer) -> bool:
     """Whether the larger map has so few channels that one product over patches is faster."""
     if not (x.device.type == "cpu" and _dtype(x) == torch.float32 and _channels_last(weight)):
         return False
-    return im2col.columns(weight, layer) <= NARROW and not _wide_vectors()
+    return im2col.columns(weight, layer) <= NARROW and not multiplies_bfloat16(x.device)
 
 
 def _by_subpixel(x: Tensor, weight: Tensor) -> bool:
-    """Whether the larger map is an image, on a processor whose vectors are far wider than its channels."""
+    """Whether the larger map is an image, on a processor whose vectors are far wider than its channels.
+
+    AVX-512 without bfloat16 was never measured: such processors are treated as those with AVX2.
+    """
     if not (x.device.type == "cpu" and _dtype(x) in (torch.float32, torch.bfloat16) and _channels_last(weight)):
         return False
-    return weight.shape[1] <= COLOURS and _wide_vectors()
-
-
-def _wide_vectors() -> bool:
-    """Whether the processor has AVX-512 BF16 or AMX. AVX-512 alone was never measured, and counts as AVX2 does."""
-    return torch.cpu._is_avx512_bf16_supported()
+    return weight.shape[1] <= COLOURS and multiplies_bfloat16(x.device)
 
 
 def _gradient_by_im2col(x: Tensor, weight: Tensor, stride: int, large: torch.Size) -> bool:
     """Whether the weight gradient is wanted and faster by patches of the larger map, of size `large` (N, C, H, W)."""
     if not (x.device.type == "cpu" and torch.is_grad_enabled() and weight.requires_grad):
         return False
-    if _dtype(x) != torch.bfloat16 or not _wide_vectors():
+    if _dtype(x) != torch.bfloat16 or not multiplies_bfloat16(x.device):
         return False
     fewest, largest = PATCHES_AMX if torch.cpu._is_amx_tile_supported() else PATCHES_AVX512
     images, channels, height, width = large

@@ -24,7 +24,7 @@ def numerics(settings: Train, device: torch.device) -> Numerics:
     Elsewhere it is converted before each operation and slower than float32. Channels last: with it and on every CPU.
     """
     dtype = torch.bfloat16 if settings.precision == "bfloat16" else torch.float32
-    if settings.precision == "auto" and _multiplies_bfloat16(device):
+    if settings.precision == "auto" and multiplies_bfloat16(device):
         dtype = torch.bfloat16
     if settings.memory_format == "auto":
         return Numerics(dtype, torch.channels_last if dtype == torch.bfloat16 else layout(device))
@@ -36,7 +36,8 @@ def layout(device: torch.device) -> torch.memory_format:
     return torch.channels_last if device.type == "cpu" else torch.contiguous_format
 
 
-def _multiplies_bfloat16(device: torch.device) -> bool:
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 is multiplied as such, and not converted first."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return torch.cpu._is_avx512_bf16_supported()  # every processor with AMX has it, too

@@ -27,6 +27,14 @@ def case(way, kernel, count, channels, larger, height, width, transposed, dtype=
     return x, weight, lambda x, w: F.conv2d(x, w, None, 2, padding), _apply(way.Convolution, layer)
 
 
+def beside_float64(way, kernel, count, channels, larger, height, width, transposed, dtype):
+    """Ours, PyTorch's, and PyTorch's in float64: of y, and of the gradients of x and the weight."""
+    torch.manual_seed(0)
+    x, weight, theirs, ours = case(way, kernel, count, channels, larger, height, width, transposed, dtype)
+    exact = with_gradients(theirs, x.double(), weight.double())
+    return zip(with_gradients(ours, x, weight), with_gradients(theirs, x, weight), exact, strict=True)
+
+
 def _apply(function, layer):
     return lambda x, w: function.apply(x, w, layer)
 

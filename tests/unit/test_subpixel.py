@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from strided import case, on_processor, recorded, with_gradients
+from strided import beside_float64, on_processor, recorded
 
 from dcgan import models, subpixel
 from dcgan.config import Model
@@ -43,9 +43,5 @@ def test_it_is_not_used_in_float64_nor_in_another_format(used, monkeypatch):
 @pytest.mark.parametrize("kernel", [3, 4, 5])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_bfloat16_loses_no_more_than_pytorchs(kernel, transposed):
-    torch.manual_seed(0)
-    x, weight, theirs, ours = case(subpixel, kernel, 8, 32, 3, 8, 8, transposed, torch.bfloat16)
-    exact = with_gradients(theirs, x.double(), weight.double())
-    pairs = zip(with_gradients(ours, x, weight), with_gradients(theirs, x, weight), exact, strict=True)
-    for one, other, value in pairs:
-        assert (one - value).abs().mean() <= 1.1 * (other - value).abs().mean()
+    for ours, theirs, exact in beside_float64(subpixel, kernel, 8, 32, 3, 8, 8, transposed, torch.bfloat16):
+        assert (ours - exact).abs().mean() <= 1.1 * (theirs - exact).abs().mean()
