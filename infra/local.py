@@ -76,7 +76,7 @@ def fail(message: str) -> NoReturn:
     sys.exit(f"error: {message}")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Service:
     """A process in its own session, with a file for its pid and one for its output."""
 
@@ -84,6 +84,7 @@ class Service:
     command: tuple[str, ...]
     address: str = ""  # where it answers 200 when it is ready
     words: str = ""  # or what its log says then
+    process: subprocess.Popen[bytes] | None = None  # if it was started here
 
     @property
     def log(self) -> Path:
@@ -111,7 +112,7 @@ class Service:
         for directory in (SERVICES, HOME / "prefect"):  # Prefect makes its own only where the parent exists
             directory.mkdir(parents=True, exist_ok=True)
         with self.log.open("wb") as log:
-            process = subprocess.Popen(
+            self.process = subprocess.Popen(
                 [str(BIN / self.command[0]), *self.command[1:]],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -122,10 +123,10 @@ class Service:
             )
         try:
             aside = self.pid_file.with_suffix(".new")
-            aside.write_text(f"{process.pid} {_born(process.pid)} {port or ''}".rstrip())
+            aside.write_text(f"{self.process.pid} {_born(self.process.pid)} {port or ''}".rstrip())
             aside.replace(self.pid_file)
         except OSError:  # a process without a record could not be stopped
-            os.killpg(process.pid, signal.SIGTERM)
+            os.killpg(self.process.pid, signal.SIGTERM)
             raise
 
     def _claim(self, port: int) -> None:
@@ -140,10 +141,18 @@ class Service:
         """Return when it is ready. Exits, with the end of its log, if it stops or takes too long."""
         deadline = time.monotonic() + START_SECONDS
         while not self.ready():
+            if self.pid() is None and self.process is None:  # found as it was ending
+                self.start()
             if self.pid() is None or time.monotonic() > deadline:
                 tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
-                fail(f"{self.name} did not start; the end of {self.log}:\n{tail}")
+                fail(f"{self.name} did not start: {self._failure()}; the end of {self.log}:\n{tail}")
             time.sleep(0.2)
+
+    def _failure(self) -> str:
+        code = self.process.poll() if self.process else None
+        if code is None:
+            return f"not ready after {START_SECONDS} s"
+        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
     def stop(self) -> bool:
         """Stop it and all its children; False if it was not running."""

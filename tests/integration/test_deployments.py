@@ -190,7 +190,8 @@ def test_a_server_that_dies_ends_nothing_up_again_starts_nothing_twice_and_down_
     (run,) = map(Run.open, set(stack.home.glob("runs/*")) - before)
     pids = {path.stem: path.read_text() for path in (stack.home / "services").glob("*.pid")}
     os.killpg(int(pids["prefect"].split()[0]), signal.SIGKILL)
-    assert stack.local("up").returncode == 0
+    again = stack.local("up")
+    assert again.returncode == 0, again.stdout + again.stderr
     now = {path.stem: path.read_text() for path in (stack.home / "services").glob("*.pid")}
     assert {name for name in now if now[name] == pids[name]} == {"mlflow", "worker"}
     done = len(run.metrics())
@@ -225,6 +226,29 @@ def test_port_that_is_taken_is_named(stack: Stack, tmp_path: Path) -> None:
         done = taken.local("up")
     assert done.returncode == 1
     assert done.stderr == f"error: port {port} is in use by another program: set PREFECT_PORT to a free one\n"
+
+
+def test_a_service_that_is_found_as_it_ends_is_started_again(tmp_path: Path) -> None:
+    script = """
+import sys; sys.path.insert(0, "infra")
+import local
+ending = local.Service("some", ("python", "-c", "import time; time.sleep(3)"), words="ready")
+ending.start()
+command = ("python", "-c", "import time; print('ready', flush=True); time.sleep(60)")
+again = local.Service("some", command, words="ready")
+again.start()
+assert again.process is None
+again.wait()
+assert again.pid() != ending.process.pid
+assert again.stop()
+dying = local.Service("some", ("python", "-c", "import os; print('why', flush=True); os.abort()"), words="ready")
+dying.start()
+dying.wait()
+"""
+    environment = {**os.environ, "DCGAN_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
+    log = tmp_path / "services" / "some.log"
+    assert done.stderr == f"error: some did not start: killed by SIGABRT; the end of {log}:\nwhy\n"
 
 
 def test_a_torn_pid_file_is_of_nothing_that_runs(tmp_path: Path) -> None:
