@@ -2,31 +2,32 @@
 
 Which way is used depends on the processor. Where it does not multiply in bfloat16, float32 layers with many channels
 use Winograd's filtering (`dcgan/winograd.py`), and those at the pixels, with few, one product over patches
-(`dcgan/im2col.py`). Where it does, with AVX-512 BF16 or AMX, the library's kernels are better, except for two
-operations: transposed convolutions to images, done as sub-pixel convolutions (`dcgan/subpixel.py`), and the weight
-gradients of some layers in bfloat16, done as one product over patches.
+(`dcgan/im2col.py`). Where it does, with AVX-512 BF16 or AMX, the library's kernels are better, except for some
+operations: images and their gradients are computed as sub-pixel convolutions (`dcgan/subpixel.py`), and in bfloat16 the
+weight gradients of wide layers as products over patches; with AMX, everything of wide layers (`dcgan/patches.py`).
 
 A conditional net feeds labels to each layer as constant maps; here those maps are never built, because what a label
 adds is the same for all images. Everything else is left to the library, and results agree up to rounding.
 """
 
 from abc import ABC, abstractmethod
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from dcgan import im2col, subpixel, winograd
+from dcgan import im2col, patches, strided, subpixel, winograd
 from dcgan.numerics import multiplies_bfloat16
+from dcgan.strided import Operations
 from dcgan.winograd import Layer
 
-# For which weight gradients a product over patches is faster than oneDNN: the fewest channels of the smaller map, and
-# the most bytes of patches, with AMX and with AVX-512 BF16 alone. With AMX, where oneDNN takes two to five times as
-# long, 2**25 bytes were slower. Without it, 128 channels were: making the patches costs as much as the product.
-PATCHES_AMX, PATCHES_AVX512 = (1, 2**24), (256, 2**25)
-
+# Which layers in bfloat16 are products over patches. With AVX-512 BF16 alone, the weight gradients of those with 256
+# channels in the smaller map: with 128, making patches costs as much as the product. With AMX, where the smaller map
+# leaves half of a tile's 16 rows empty, every weight gradient, which takes the library up to five times as long, and
+# with 256 channels all three operations.
+WIDE = 256
+HALF_A_TILE = 8
+PATCHES = 2**25  # most bytes of patches that were measured with AVX-512 BF16 alone
 # The time to make Winograd's tiles, in multiplications of a matrix product: per number in the larger map's tiles, in
 # the smaller map's, and in the transformed weights. Fitted with AVX2 on 2 cores to layers of 3 to 5 taps, 32 to 512
 # channels, 8 to 32 px and 16 to 128 images, whose time is met within 15 % (tests/benchmarks/bench_convolution.py).
@@ -88,11 +89,9 @@ class Conv2d(_Labelled, nn.Conv2d):
                 return winograd.Convolution.apply(x, weight, layer)
             if _by_im2col(x, weight, layer):
                 return im2col.Convolution.apply(x, weight, layer)
-            if _by_subpixel(x, weight):
-                return subpixel.Convolution.apply(*_cast(x, weight), layer)
-        if not _gradient_by_im2col(x, weight, self.stride[0], x.shape):
-            return self._library(x, weight)
-        return _Im2colGradient.apply(*_cast(x, weight), self.stride, self.padding, None)
+            if (operations := _operations(x, weight, layer)) != Operations():
+                return strided.Convolution.apply(*_cast(x, weight), layer, operations)
+        return self._library(x, weight)
 
     def _library(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.conv2d(x, weight, None, self.stride, self.padding)
@@ -110,12 +109,9 @@ class ConvTranspose2d(_Labelled, nn.ConvTranspose2d):  # type: ignore[misc]
                 return winograd.Transposed.apply(x, weight, layer)
             if _by_im2col(x, weight, layer):
                 return im2col.Transposed.apply(x, weight, layer)
-            if _by_subpixel(x, weight):
-                return subpixel.Transposed.apply(*_cast(x, weight), layer)
-        size = torch.Size([x.shape[0], self.out_channels, *(self.stride[0] * side for side in x.shape[2:])])
-        if not _gradient_by_im2col(x, weight, self.stride[0], size):
-            return self._library(x, weight)
-        return _Im2colGradient.apply(*_cast(x, weight), self.stride, self.padding, self.output_padding)
+            if (operations := _operations(x, weight, layer)) != Operations():
+                return strided.Transposed.apply(*_cast(x, weight), layer, operations)
+        return self._library(x, weight)
 
     def _library(self, x: Tensor, weight: Tensor) -> Tensor:
         assert isinstance(self.padding, tuple)
@@ -173,71 +169,23 @@ def _by_im2col(x: Tensor, weight: Tensor, layer: Layer) -> bool:
     return im2col.columns(weight, layer) <= NARROW and not multiplies_bfloat16(x.device)
 
 
-def _by_subpixel(x: Tensor, weight: Tensor) -> bool:
-    """Whether the larger map is an image, on a processor whose vectors are far wider than its channels.
+def _operations(x: Tensor, weight: Tensor, layer: Layer) -> Operations:
+    """Which operations of the layer are ours, on a processor that multiplies in bfloat16.
 
     AVX-512 without bfloat16 was never measured: such processors are treated as those with AVX2.
     """
-    if not (x.device.type == "cpu" and _dtype(x) in (torch.float32, torch.bfloat16) and _channels_last(weight)):
-        return False
-    return weight.shape[1] <= COLOURS and multiplies_bfloat16(x.device)
-
-
-def _gradient_by_im2col(x: Tensor, weight: Tensor, stride: int, large: torch.Size) -> bool:
-    """Whether the weight gradient is wanted and faster by patches of the larger map, of size `large` (N, C, H, W)."""
-    if not (x.device.type == "cpu" and torch.is_grad_enabled() and weight.requires_grad):
-        return False
-    if _dtype(x) != torch.bfloat16 or not multiplies_bfloat16(x.device):
-        return False
-    fewest, largest = PATCHES_AMX if torch.cpu._is_amx_tile_supported() else PATCHES_AVX512
-    images, channels, height, width = large
-    values = images * (height // stride) * (width // stride) * channels * weight.shape[2] * weight.shape[3]
-    return stride > 1 and channels > COLOURS and len(weight) >= fewest and values * _dtype(x).itemsize <= largest
-
-
-class _Im2colGradient(torch.autograd.Function):
-    """A convolution (with an output padding, its transpose) of x (N, C, H, W) in channels-last memory."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        stride: tuple[int, int],
-        padding: tuple[int, int],
-        output_padding: tuple[int, int] | None,
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.geometry = stride, padding, output_padding
-        if output_padding is None:
-            return F.conv2d(x, weight, None, stride, padding)
-        return F.conv_transpose2d(x, weight, None, stride, padding, output_padding)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        stride, padding, output_padding = ctx.geometry
-        x_gradient = weight_gradient = None
-        if ctx.needs_input_grad[0]:
-            transposed = output_padding is not None
-            x_gradient = torch.ops.aten.convolution_backward(
-                gradient, x, weight, [0], stride, padding, (1, 1), transposed, output_padding or (0, 0), 1,
-                (True, False, False),
-            )[0]  # fmt: skip
-        if ctx.needs_input_grad[1]:
-            small, large = (gradient, x) if output_padding is None else (x, gradient)
-            weight_gradient = _product(small, large, weight.shape[2], stride[0], padding[0])
-        return x_gradient, weight_gradient, None, None, None
-
-
-def _product(small: Tensor, large: Tensor, kernel: int, stride: int, padding: int) -> Tensor:
-    """The weight gradient (C, D, kernel, kernel) of maps small (N, C, h, w) and large (N, D, H, W)."""
-    padded = F.pad(large.permute(0, 2, 3, 1), (0, 0, padding, padding, padding, padding))
-    images, _, _, channels = padded.shape
-    a, b, c, d = padded.stride()
-    count, height, width = small.shape[1:]
-    views = padded.as_strided((images, height, width, kernel, kernel, channels), (a, stride * b, stride * c, b, c, d))
-    rows = small.permute(0, 2, 3, 1).reshape(-1, count)
-    product = rows.T @ views.reshape(len(rows), -1)
-    return product.view(count, kernel, kernel, channels).permute(0, 3, 1, 2)
+    if not (x.device.type == "cpu" and _channels_last(weight) and multiplies_bfloat16(x.device)):
+        return Operations()
+    dtype, (count, channels, kernel, _) = _dtype(x), weight.shape
+    if channels <= COLOURS:
+        return Operations(larger=subpixel.larger) if dtype in (torch.float32, torch.bfloat16) else Operations()
+    if dtype != torch.bfloat16:
+        return Operations()
+    if torch.cpu._is_amx_tile_supported():
+        by_patches = layer.width <= HALF_A_TILE
+        if by_patches and count >= WIDE:
+            return Operations(patches.smaller, patches.larger, patches.weight_gradient)
+    else:
+        values = len(x) * layer.height * layer.width * channels * kernel**2
+        by_patches = count >= WIDE and values * dtype.itemsize <= PATCHES
+    return Operations(weight_gradient=patches.weight_gradient) if by_patches else Operations()

@@ -7,58 +7,16 @@ for a kernel of 4 or 3 more than half of the weights are zero. It is also how th
 """
 
 from functools import cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dcgan.winograd import Layer
 
 
-class Convolution(torch.autograd.Function):
-    """x (N, D, 2h, 2w), weight (C, D, kernel, kernel) to (N, C, h, w), as `F.conv2d` with stride 2."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, layer: Layer) -> Tensor:
-        ctx.layer = layer
-        ctx.save_for_backward(x, weight)
-        return F.conv2d(x, weight, None, 2, layer.padding)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, weight = ctx.saved_tensors
-        return (
-            _transposed(gradient, weight, ctx.layer) if ctx.needs_input_grad[0] else None,
-            _weight_gradient(gradient, x, weight, ctx.layer) if ctx.needs_input_grad[1] else None,
-            None,
-        )
-
-
-class Transposed(torch.autograd.Function):
-    """x (N, C, h, w), weight (C, D, kernel, kernel) to (N, D, 2h, 2w), as `F.conv_transpose2d` with stride 2."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, layer: Layer) -> Tensor:
-        ctx.layer = layer
-        ctx.save_for_backward(x, weight)
-        return _transposed(x, weight, layer)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, weight = ctx.saved_tensors
-        return (
-            F.conv2d(gradient, weight, None, 2, ctx.layer.padding) if ctx.needs_input_grad[0] else None,
-            _weight_gradient(x, gradient, weight, ctx.layer) if ctx.needs_input_grad[1] else None,
-            None,
-        )
-
-
-def _transposed(small: Tensor, weight: Tensor, layer: Layer) -> Tensor:
-    """(N, C, h, w) to (N, D, 2h, 2w)."""
+def larger(small: Tensor, weight: Tensor, layer: Layer) -> Tensor:
+    """(N, C, h, w) and (C, D, kernel, kernel) to (N, D, 2h, 2w), as `F.conv_transpose2d` with stride 2."""
     taps = _taps(layer.kernel, layer.padding)
     windows = F.pad(weight, (0, 1, 0, 1))[:, :, taps][..., taps]  # (C, D, 2, 3, 2, 3): of each of the 2 x 2 pixels
     kernels = windows.permute(1, 2, 4, 0, 3, 5).reshape(-1, len(weight), 3, 3)
@@ -73,12 +31,3 @@ def _taps(kernel: int, padding: int) -> Tensor:
     """
     rows = [[pixel + padding - 2 * neighbour for neighbour in (-1, 0, 1)] for pixel in (0, 1)]
     return torch.tensor([[tap if 0 <= tap < kernel else kernel for tap in row] for row in rows])
-
-
-def _weight_gradient(small: Tensor, large: Tensor, weight: Tensor, layer: Layer) -> Tensor:
-    """(C, D, kernel, kernel) of maps (N, C, h, w) and (N, D, 2h, 2w), by the library."""
-    sides = [layer.padding] * 2
-    _, gradient, _ = torch.ops.aten.convolution_backward(
-        small, large, weight, None, (2, 2), sides, (1, 1), False, (0, 0), 1, (False, True, False)
-    )
-    return gradient

@@ -52,6 +52,11 @@ class Layer(NamedTuple):
     width: int  # w
 
     @property
+    def output_padding(self) -> int:
+        """Of the transposed convolution, so that it doubles the map."""
+        return 2 + 2 * self.padding - self.kernel
+
+    @property
     def r(self) -> int:
         return (self.kernel + 1) // 2
 

@@ -3,8 +3,8 @@
 A layer's convolution and gradients in turn, once with the weight gradient and once with that of the input alone: the
 ratio of median times. `winograd` is for wide layers on processors with AVX2: beside each ratio stands the one that
 `dcgan/convolution.py` expects and chooses by, whose constants are fitted to what this prints. `im2col` is for layers at
-the pixels there, `subpixel` for those on processors that multiply in bfloat16, and `weights` for the weight gradients
-of wide layers on the latter, in bfloat16. Channels last.
+the pixels there, `subpixel` for those on processors that multiply in bfloat16. Of wide layers on the latter, in
+bfloat16, `weights` computes the weight gradients by patches, `patches` everything. Channels last.
 """
 
 import argparse
@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dcgan import im2col, memory, subpixel, winograd
-from dcgan.convolution import COLOURS, LIMIT, NARROW, _gradient_by_im2col, _Im2colGradient, winograd_time
+from dcgan import im2col, memory, patches, strided, subpixel, winograd
+from dcgan.convolution import LIMIT, NARROW, _operations, winograd_time
 from dcgan.models import GEOMETRY
+from dcgan.strided import Operations
 from dcgan.winograd import Layer
 
 # images, channels of the larger map, of the smaller one, pixels of the larger one
@@ -29,6 +30,11 @@ WIDE = [
     *[(128, 64, 128, 14), (128, 74, 128, 14), (128, 128, 256, 14), (128, 32, 64, 16), (64, 128, 128, 16)],
     *[(64, 256, 512, 8), (32, 128, 256, 8), (16, 128, 256, 16)],
 ]
+OPERATIONS = {
+    "subpixel": Operations(larger=subpixel.larger),
+    "weights": Operations(weight_gradient=patches.weight_gradient),
+    "patches": Operations(patches.smaller, patches.larger, patches.weight_gradient),
+}
 PIXELS = [
     *[(128, 1, 64, 28), (128, 1, 74, 28), (128, 3, 64, 32), (128, 3, 64, 64), (128, 3, 128, 64), (16, 3, 64, 32)],
     *[(128, 11, 64, 28), (128, 13, 64, 32)],
@@ -65,12 +71,10 @@ def library(case: Case) -> Apply:
 
 
 def ours(case: Case, way: str) -> Apply:
-    if way == "weights":
-        padding, more = GEOMETRY[case.kernel]
-        output_padding = (more, more) if case.transposed else None
-        return lambda x, w: _Im2colGradient.apply(x, w, (2, 2), (padding, padding), output_padding)
-    module = {"winograd": winograd, "im2col": im2col, "subpixel": subpixel}[way]
-    function = module.Transposed if case.transposed else module.Convolution
+    name = "Transposed" if case.transposed else "Convolution"
+    if operations := OPERATIONS.get(way):
+        return lambda x, w: getattr(strided, name).apply(x, w, case.layer, operations)
+    function = getattr({"winograd": winograd, "im2col": im2col}[way], name)
     return lambda x, w: function.apply(x, w, case.layer)
 
 
@@ -147,7 +151,7 @@ def measure_winograd(repeats: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ways = ["winograd", "im2col", "subpixel", "weights"]
+    ways = ["winograd", "im2col", *OPERATIONS]
     parser.add_argument("--ways", nargs="+", choices=ways, default=ways)
     parser.add_argument("--repeats", type=int, default=7)
     given = parser.parse_args()
@@ -156,18 +160,20 @@ def main() -> None:
         narrow = lambda case, weight: im2col.columns(weight, case.layer) <= NARROW  # noqa: E731
         measure(at_the_pixels(), "im2col", torch.float32, given.repeats, narrow)
     for dtype in (torch.float32, torch.bfloat16) if "subpixel" in given.ways else ():
-        image = lambda case, weight: case.larger <= COLOURS  # noqa: E731
-        measure(at_the_pixels(), "subpixel", dtype, given.repeats, image)
-    if "weights" in given.ways:
-        measure(wide(), "weights", torch.bfloat16, given.repeats, by_patches)
+        measure(at_the_pixels(), "subpixel", dtype, given.repeats, chosen_operations("subpixel"))
+    for way in ("weights", "patches"):
+        if way in given.ways:
+            measure(wide(), way, torch.bfloat16, given.repeats, chosen_operations(way))
     if "winograd" in given.ways:
         measure_winograd(given.repeats)
 
 
-def by_patches(case: Case, weight: Tensor) -> bool:
-    size = torch.Size([case.images, case.larger, case.size, case.size])
-    with torch.autocast("cpu", torch.bfloat16):
-        return _gradient_by_im2col(torch.empty(0, dtype=torch.bfloat16), weight, 2, size)
+def chosen_operations(way: str) -> Callable[[Case, Tensor], bool]:
+    def chosen(case: Case, weight: Tensor) -> bool:
+        x = torch.empty(case.images, 0, dtype=weight.dtype)
+        return _operations(x, weight, case.layer) == OPERATIONS[way]
+
+    return chosen
 
 
 if __name__ == "__main__":

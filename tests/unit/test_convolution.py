@@ -1,16 +1,16 @@
-"""The weight gradient by patches against PyTorch's own, in float64, and the rule that chooses it."""
+"""What a label adds to a layer, and the rule that computes layers by patches; test_strided.py has what they compute."""
 
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from strided import on_processor
+from convolutions import BY_PATCHES, beside_float64, on_processor, recorded_operations
 from torch import nn
 
-from dcgan import convolution, models
+from dcgan import convolution, models, patches
 from dcgan.config import Model
-from dcgan.convolution import Conv2d, ConvTranspose2d, _Im2colGradient
+from dcgan.convolution import Conv2d, ConvTranspose2d
 
 
 def gradients(apply, x, weight, seed):
@@ -19,30 +19,6 @@ def gradients(apply, x, weight, seed):
     torch.manual_seed(seed)
     y.backward(torch.randn_like(y))
     return y.detach(), x.grad, weight.grad
-
-
-@pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize(("kernel", "padding"), [(3, 1), (4, 1), (5, 2)])
-@pytest.mark.parametrize("size", [7, 8])
-def test_a_convolution_has_pytorchs_gradients(kernel, padding, size, channels_last):
-    x, weight = torch.randn(3, 4, size, size).double(), torch.randn(6, 4, kernel, kernel).double()
-    if channels_last:
-        x, weight = (part.contiguous(memory_format=torch.channels_last) for part in (x, weight))
-    plain = nn.Conv2d(4, 6, kernel, 2, padding, bias=False).double()
-    expected = gradients(lambda x, w: torch.func.functional_call(plain, {"weight": w}, (x,)), x, weight, 0)
-    got = gradients(lambda x, w: _Im2colGradient.apply(x, w, (2, 2), (padding, padding), None), x, weight, 0)
-    for ours, theirs in zip(got, expected, strict=True):
-        torch.testing.assert_close(ours, theirs)
-
-
-@pytest.mark.parametrize(("kernel", "padding", "more"), [(3, 1, 1), (4, 1, 0), (5, 2, 1)])
-def test_a_transposed_convolution_has_pytorchs_gradients(kernel, padding, more):
-    x, weight = torch.randn(3, 6, 4, 4).double(), torch.randn(6, 5, kernel, kernel).double()
-    plain = nn.ConvTranspose2d(6, 5, kernel, 2, padding, more, bias=False).double()
-    expected = gradients(lambda x, w: torch.func.functional_call(plain, {"weight": w}, (x,)), x, weight, 0)
-    got = gradients(lambda x, w: _Im2colGradient.apply(x, w, (2, 2), (padding, padding), (more, more)), x, weight, 0)
-    for ours, theirs in zip(got, expected, strict=True):
-        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -98,62 +74,69 @@ def test_the_nets_of_mnist_have_the_gradients_of_constant_maps(format, processor
 
 @pytest.fixture
 def used(monkeypatch):
-    """How often the gradient by patches was computed."""
-    calls = []
-    product = convolution._product
-    monkeypatch.setattr(convolution, "_product", lambda *args: calls.append(1) or product(*args))
-    return calls
+    """Which operations were computed by patches."""
+    return recorded_operations(monkeypatch, patches)
 
 
-@pytest.mark.parametrize("layer", [Conv2d(8, 4, 4, 2, 1, bias=False), ConvTranspose2d(4, 8, 4, 2, 1, bias=False)])
-def test_it_is_used_for_small_maps_alone_and_gives_the_same(used, layer, monkeypatch):
-    on_processor(monkeypatch, "AMX")
-    x = torch.randn(5, layer.in_channels, 8, 8).contiguous(memory_format=torch.channels_last)
-
-    def gradient():
-        layer.weight.grad = None
-        with torch.autocast("cpu", torch.bfloat16):
-            y = layer(x)
-        y.float().square().sum().backward()
-        return layer.weight.grad
-
-    by_patches = gradient()
-    assert len(used) == 1
-    monkeypatch.setattr(convolution, "PATCHES_AMX", (1, 100))
-    plain = gradient()
-    assert len(used) == 1
-    torch.testing.assert_close(by_patches, plain, rtol=0.02, atol=0.02 * plain.abs().max().item())
+ALL = {"smaller", "larger", "weight_gradient"}
+PROCESSOR_CHANNELS_AND_SIZE = [
+    ("AMX", 256, 64, 16, ALL),
+    ("AMX", 255, 64, 16, {"weight_gradient"}),
+    ("AMX", 255, 64, 18, set()),
+    ("AMX", 256, 64, 18, set()),
+    ("AMX", 256, 3, 16, set()),
+    ("AVX-512 BF16", 255, 64, 16, set()),
+    ("AVX-512 BF16", 256, 64, 16, {"weight_gradient"}),
+    ("AVX-512 BF16", 256, 64, 18, {"weight_gradient"}),
+    ("AVX-512 BF16", 256, 3, 16, set()),
+    ("AVX-512", 256, 64, 16, set()),
+    ("AVX2", 256, 64, 16, set()),
+]
 
 
 @pytest.mark.parametrize("kind", [Conv2d, ConvTranspose2d])
-@pytest.mark.parametrize(
-    ("processor", "smaller", "larger", "expected"),
-    [
-        ("AMX", 128, 64, True),
-        ("AMX", 256, 3, False),
-        ("AVX-512 BF16", 128, 64, False),
-        ("AVX-512 BF16", 256, 64, True),
-        ("AVX-512 BF16", 256, 3, False),
-        ("AVX-512", 256, 64, False),
-    ],
-)
-def test_the_processor_and_the_channels_decide(used, monkeypatch, kind, processor, smaller, larger, expected):
+@pytest.mark.parametrize(("processor", "smaller", "larger", "size", "expected"), PROCESSOR_CHANNELS_AND_SIZE)
+def test_the_processor_the_channels_and_the_map_decide(
+    used, monkeypatch, kind, processor, smaller, larger, size, expected
+):
     on_processor(monkeypatch, processor)
-    channels = (larger, smaller) if kind is Conv2d else (smaller, larger)
-    layer = kind(*channels, 4, 2, 1, bias=False)
+    channels, side = ((larger, smaller), size) if kind is Conv2d else ((smaller, larger), size // 2)
+    layer = kind(*channels, 4, 2, 1, bias=False).to(memory_format=torch.channels_last)
     with torch.autocast("cpu", torch.bfloat16):
-        layer(torch.randn(2, channels[0], 4, 4)).sum().backward()
-    assert bool(used) == expected
+        layer(torch.randn(2, channels[0], side, side, requires_grad=True)).sum().backward()
+    assert set(used) == expected
 
 
-def test_it_is_not_used_in_float32_nor_without_a_gradient(used, monkeypatch):
-    layer, x = Conv2d(8, 4, 4, 2, 1, bias=False), torch.randn(5, 8, 8, 8)
+def test_with_avx512_they_are_used_as_far_as_they_were_measured(used, monkeypatch):
+    on_processor(monkeypatch, "AVX-512 BF16")
+    layer, x = Conv2d(8, 256, 4, 2, 1, bias=False).to(memory_format=torch.channels_last), torch.randn(5, 8, 8, 8)
+    for most in (5 * 16 * 8 * 16 * 2 - 1, 5 * 16 * 8 * 16 * 2):
+        monkeypatch.setattr(convolution, "PATCHES", most)
+        assert not used
+        with torch.autocast("cpu", torch.bfloat16):
+            layer(x).sum().backward()
+    assert used == ["weight_gradient"]
+
+
+def test_they_are_not_used_in_float32_nor_in_another_format_nor_without_a_gradient(used, monkeypatch):
     on_processor(monkeypatch, "AMX")
+    layer, x = Conv2d(8, 4, 4, 2, 1, bias=False), torch.randn(5, 8, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(x).sum().backward()
+    layer.to(memory_format=torch.channels_last)
     layer(x).sum().backward()
     layer.weight.requires_grad_(False)
     with torch.autocast("cpu", torch.bfloat16):
         layer(x.requires_grad_()).sum().backward()
     assert not used
+
+
+@pytest.mark.parametrize("kernel", [3, 4, 5])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_bfloat16_loses_no_more_than_pytorchs(kernel, transposed):
+    found = beside_float64(BY_PATCHES, kernel, 8, 32, 16, 8, 8, transposed, torch.bfloat16)
+    for ours, theirs, exact in found:
+        assert (ours - exact).abs().mean() <= 1.1 * (theirs - exact).abs().mean()
 
 
 def test_modules_have_the_parameters_of_pytorchs():

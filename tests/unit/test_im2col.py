@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from strided import on_processor, recorded
+from convolutions import on_processor, recorded
 
 from dcgan import im2col, models
 from dcgan.config import Model

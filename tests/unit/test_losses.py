@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from strided import on_processor, recorded
+from convolutions import on_processor, recorded, recorded_operations
 
-from dcgan import convolution, models, subpixel, winograd
+from dcgan import convolution, models, patches, subpixel, winograd
 from dcgan.config import Model, Train
 from dcgan.data.batches import Batches
 from dcgan.distributed import Place
@@ -76,18 +76,25 @@ def test_losses_by_winograds_filtering_are_those_of_the_plain_step(digits_store,
     assert len(calls) == STEPS * (3 * 3 + 3)
 
 
-@pytest.mark.parametrize(("precision", "first"), [("float32", 1e-3), ("bfloat16", 0.02)])
-def test_losses_by_subpixel_convolution_are_those_of_the_plain_step(digits_store, monkeypatch, precision, first):
-    on_processor(monkeypatch, "AVX-512 BF16")
-    monkeypatch.setattr(convolution, "PATCHES_AVX512", (1, 2**24))  # and every weight gradient by patches
-    calls, products, product = recorded(monkeypatch, subpixel), [], convolution._product
-    monkeypatch.setattr(convolution, "_product", lambda *args: products.append(1) or product(*args))
+@pytest.mark.parametrize(
+    ("processor", "precision", "first"),
+    [("AVX-512 BF16", "float32", 1e-3), ("AVX-512 BF16", "bfloat16", 0.02), ("AMX", "bfloat16", 0.02)],
+)
+def test_losses_where_bfloat16_is_fast_are_those_of_the_plain_step(
+    digits_store, monkeypatch, processor, precision, first
+):
+    """Images by sub-pixel convolution; every weight gradient by patches; with AMX, the rest of every layer as well."""
+    on_processor(monkeypatch, processor)
+    monkeypatch.setattr(convolution, "WIDE", 1)
+    calls, products = recorded_operations(monkeypatch, subpixel), recorded_operations(monkeypatch, patches)
     expected = np.array(json.loads(FILE.read_text()))
     got = play(digits_store, precision=precision, memory_format="channels_last")
     np.testing.assert_allclose(got[:10], expected[:10], rtol=first)
     np.testing.assert_allclose(windows(got), windows(expected), rtol=TOLERANCE)
-    assert len(calls) == STEPS * (3 + 1)
-    assert len(products) == (STEPS * (2 * 2 + 2) if precision == "bfloat16" else 0)
+    assert len(calls) == STEPS * (1 + 1)  # of the generator's images, and of their gradient
+    assert products.count("weight_gradient") == (STEPS * (2 * 2 + 2) if precision == "bfloat16" else 0)
+    maps = STEPS * (3 * 2 + 2) if processor == "AMX" else 0  # three times through D, once through G
+    assert (products.count("smaller"), products.count("larger")) == (maps, maps)
 
 
 @pytest.mark.gpu

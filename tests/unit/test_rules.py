@@ -49,6 +49,8 @@ LAYERS: list[set[str]] = [
         "dcgan.config",
         "dcgan.convolution",
         "dcgan.im2col",
+        "dcgan.patches",
+        "dcgan.strided",
         "dcgan.subpixel",
         "dcgan.winograd",
         "dcgan.memory",

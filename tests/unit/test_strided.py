@@ -1,18 +1,26 @@
-"""Convolutions of stride 2 by Winograd's filtering, im2col and sub-pixels: each is PyTorch's, and has its gradients."""
+"""Convolutions of stride 2 in every way: each is PyTorch's, and has its gradients."""
 
 import pytest
 import torch
 import torch.nn.functional as F
+from convolutions import BY_PATCHES, BY_SUBPIXEL, case, with_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strided import case, with_gradients
 
-from dcgan import im2col, subpixel, winograd
+from dcgan import im2col, patches, winograd
+from dcgan.strided import Operations
 
-WAYS = [winograd, im2col, subpixel]
+WAYS = {
+    "winograd": winograd,
+    "im2col": im2col,
+    "subpixel": BY_SUBPIXEL,
+    "patches": BY_PATCHES,
+    "PyTorch": Operations(),
+}
+every_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@every_way
 @settings(deadline=None, max_examples=100)
 @given(
     kernel=st.sampled_from([3, 4, 5]),
@@ -31,16 +39,17 @@ def test_it_is_the_convolution_and_has_its_gradients(
     x, weight, theirs, ours = case(way, kernel, count, channels, larger, height, width, transposed)
     if channels_last:
         x, weight = (each.contiguous(memory_format=torch.channels_last) for each in (x, weight))
-    kept, winograd.PART = winograd.PART, part
+    kept = winograd.PART, patches.PART
+    winograd.PART = patches.PART = part
     try:
         got = with_gradients(ours, x, weight)
     finally:
-        winograd.PART = kept
+        winograd.PART, patches.PART = kept
     for one, other in zip(got, with_gradients(theirs, x, weight), strict=True):
         torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@every_way
 @pytest.mark.parametrize("transposed", [False, True])
 def test_it_computes_the_gradient_that_is_wanted_alone(way, transposed):
     x, weight, theirs, ours = case(way, 4, 3, 4, 5, 8, 8, transposed)
@@ -55,7 +64,7 @@ def test_it_computes_the_gradient_that_is_wanted_alone(way, transposed):
         assert parts[1 - wanted].grad is None
 
 
-@pytest.mark.parametrize("way", WAYS)
+@every_way
 @pytest.mark.parametrize("transposed", [False, True])
 def test_what_follows_may_work_in_place_on_it(way, transposed):
     x, weight, *both = case(way, 4, 3, 4, 2, 5, 5, transposed)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from strided import beside_float64, on_processor, recorded
+from convolutions import beside_float64, on_processor, recorded
 from torch import nn
 
 from dcgan import convolution, models, winograd

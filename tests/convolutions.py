@@ -1,10 +1,18 @@
-"""Convolutions of stride 2 in one of our ways (`dcgan.winograd`, `dcgan.im2col`, `dcgan.subpixel`) beside PyTorch's."""
+"""Convolutions of stride 2 in our ways beside PyTorch's.
+
+A way is a module (`dcgan.winograd`, `dcgan.im2col`), or the operations that it computes (`dcgan.strided`).
+"""
 
 import torch
 import torch.nn.functional as F
 
+from dcgan import patches, strided, subpixel
 from dcgan.models import GEOMETRY
+from dcgan.strided import Operations
 from dcgan.winograd import Layer
+
+BY_SUBPIXEL = Operations(larger=subpixel.larger)
+BY_PATCHES = Operations(patches.smaller, patches.larger, patches.weight_gradient)
 
 
 def with_gradients(apply, x, weight):
@@ -22,9 +30,10 @@ def case(way, kernel, count, channels, larger, height, width, transposed, dtype=
     weight = torch.randn(channels, larger, kernel, kernel, dtype=dtype)
     if transposed:
         x = torch.randn(count, channels, height, width, dtype=dtype)
-        return x, weight, lambda x, w: F.conv_transpose2d(x, w, None, 2, padding, more), _apply(way.Transposed, layer)
+        plain = lambda x, w: F.conv_transpose2d(x, w, None, 2, padding, more)  # noqa: E731
+        return x, weight, plain, _apply(way, "Transposed", layer)
     x = torch.randn(count, larger, 2 * height, 2 * width, dtype=dtype)
-    return x, weight, lambda x, w: F.conv2d(x, w, None, 2, padding), _apply(way.Convolution, layer)
+    return x, weight, lambda x, w: F.conv2d(x, w, None, 2, padding), _apply(way, "Convolution", layer)
 
 
 def beside_float64(way, kernel, count, channels, larger, height, width, transposed, dtype):
@@ -35,18 +44,29 @@ def beside_float64(way, kernel, count, channels, larger, height, width, transpos
     return zip(with_gradients(ours, x, weight), with_gradients(theirs, x, weight), exact, strict=True)
 
 
-def _apply(function, layer):
-    return lambda x, w: function.apply(x, w, layer)
+def _apply(way, name, layer):
+    if isinstance(way, Operations):
+        return lambda x, w: getattr(strided, name).apply(x, w, layer, way)
+    return lambda x, w: getattr(way, name).apply(x, w, layer)
 
 
 def recorded(monkeypatch, way):
-    """A list that gets the names of a way's functions as they are used."""
+    """A list that gets the names of a module's functions as they are used."""
     calls = []
     for function in (way.Convolution, way.Transposed):
         apply = function.apply
         monkeypatch.setattr(
             function, "apply", lambda *args, a=apply, name=function.__name__: calls.append(name) or a(*args)
         )
+    return calls
+
+
+def recorded_operations(monkeypatch, way):
+    """The same for a module's operations."""
+    calls = []
+    for name in Operations._fields:
+        if operation := getattr(way, name, None):
+            monkeypatch.setattr(way, name, lambda *args, o=operation, n=name: calls.append(n) or o(*args))
     return calls
 
 

@@ -1,0 +1,85 @@
+"""Stride-2 layers put together from three operations, each of which is PyTorch's or computed in another way.
+
+A layer joins a larger map (N, D, 2h, 2w) and a smaller one (N, C, h, w) by a weight (C, D, kernel, kernel). A
+convolution computes the smaller map and needs the larger one as a gradient; its transpose does the opposite. Both need
+the weight's gradient, which depends on the two maps alike.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dcgan.winograd import Layer
+
+
+def smaller(large: Tensor, weight: Tensor, layer: Layer) -> Tensor:
+    """The smaller map, by PyTorch."""
+    return F.conv2d(large, weight, None, 2, layer.padding)
+
+
+def larger(small: Tensor, weight: Tensor, layer: Layer) -> Tensor:
+    """The larger map, by PyTorch."""
+    return F.conv_transpose2d(small, weight, None, 2, layer.padding, layer.output_padding)
+
+
+def weight_gradient(small: Tensor, large: Tensor, weight: Tensor, layer: Layer) -> Tensor:
+    """The weight's gradient, by PyTorch; `weight` only says what it is like."""
+    sides = [layer.padding] * 2
+    _, gradient, _ = torch.ops.aten.convolution_backward(
+        small, large, weight, None, (2, 2), sides, (1, 1), False, (0, 0), 1, (False, True, False)
+    )
+    return gradient
+
+
+class Operations(NamedTuple):
+    """How a layer is computed."""
+
+    smaller: Callable[[Tensor, Tensor, Layer], Tensor] = smaller
+    larger: Callable[[Tensor, Tensor, Layer], Tensor] = larger
+    weight_gradient: Callable[[Tensor, Tensor, Tensor, Layer], Tensor] = weight_gradient
+
+
+class Convolution(torch.autograd.Function):
+    """x (N, D, 2h, 2w), weight (C, D, kernel, kernel) to (N, C, h, w), as `F.conv2d` with stride 2."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, layer: Layer, operations: Operations) -> Tensor:
+        ctx.layer, ctx.operations = layer, operations
+        ctx.save_for_backward(x, weight)
+        return operations.smaller(x, weight, layer)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (x, weight), layer, operations = ctx.saved_tensors, ctx.layer, ctx.operations
+        return (
+            operations.larger(gradient, weight, layer) if ctx.needs_input_grad[0] else None,
+            operations.weight_gradient(gradient, x, weight, layer) if ctx.needs_input_grad[1] else None,
+            None,
+            None,
+        )
+
+
+class Transposed(torch.autograd.Function):
+    """x (N, C, h, w), weight (C, D, kernel, kernel) to (N, D, 2h, 2w), as `F.conv_transpose2d` with stride 2."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, layer: Layer, operations: Operations) -> Tensor:
+        ctx.layer, ctx.operations = layer, operations
+        ctx.save_for_backward(x, weight)
+        return operations.larger(x, weight, layer)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (x, weight), layer, operations = ctx.saved_tensors, ctx.layer, ctx.operations
+        return (
+            operations.smaller(gradient, weight, layer) if ctx.needs_input_grad[0] else None,
+            operations.weight_gradient(x, gradient, weight, layer) if ctx.needs_input_grad[1] else None,
+            None,
+            None,
+        )
