@@ -4,7 +4,7 @@ Which way is used depends on the processor. Where it does not multiply in bfloat
 use Winograd's filtering (`dcgan/winograd.py`), and those at the pixels, with few, one product over patches
 (`dcgan/im2col.py`). Where it does, with AVX-512 BF16 or AMX, the library's kernels are better, except for some
 operations: images and their gradients are computed as sub-pixel convolutions (`dcgan/subpixel.py`), and in bfloat16 the
-weight gradients of wide layers as products over patches; with AMX, everything of wide layers (`dcgan/patches.py`).
+weight gradients of some layers, with AMX everything of some, as products over patches (`dcgan/patches.py`).
 
 A conditional net feeds labels to each layer as constant maps; here those maps are never built, because what a label
 adds is the same for all images. Everything else is left to the library, and results agree up to rounding.
@@ -21,10 +21,9 @@ from dcgan.numerics import multiplies_bfloat16
 from dcgan.strided import Operations
 from dcgan.winograd import Layer
 
-# Which layers in bfloat16 are products over patches. With AVX-512 BF16 alone, the weight gradients of those with 256
-# channels in the smaller map: with 128, making patches costs as much as the product. With AMX, where the smaller map
-# leaves half of a tile's 16 rows empty, every weight gradient, which takes the library up to five times as long, and
-# with 256 channels all three operations.
+# Which layers in bfloat16 are products over patches. With AVX-512 BF16 alone, the weight gradients of those with 256 or
+# more channels in the smaller map: with 128, making patches costs as much as the product. With AMX, where the smaller
+# map leaves half of a tile's 16 rows empty, every weight gradient, and from 256 channels on all three operations.
 WIDE = 256
 HALF_A_TILE = 8
 PATCHES = 2**25  # most bytes of patches that were measured with AVX-512 BF16 alone
@@ -83,8 +82,8 @@ class Conv2d(_Labelled, nn.Conv2d):
     inputs = 1
 
     def _convolve(self, x: Tensor, weight: Tensor) -> Tensor:
-        if self.stride[0] == 2 and not (x.shape[2] % 2 or x.shape[3] % 2):
-            layer = _layer(self, x.shape[2] // 2, x.shape[3] // 2)
+        layer = _layer(self, x.shape[2] // 2, x.shape[3] // 2)
+        if self.stride[0] == 2 and layer.output_padding in (0, 1) and not (x.shape[2] % 2 or x.shape[3] % 2):
             if _by_winograd(x, weight, layer):
                 return winograd.Convolution.apply(x, weight, layer)
             if _by_im2col(x, weight, layer):
@@ -103,8 +102,8 @@ class ConvTranspose2d(_Labelled, nn.ConvTranspose2d):  # type: ignore[misc]
     inputs = 0
 
     def _convolve(self, x: Tensor, weight: Tensor) -> Tensor:
-        if self.stride[0] == 2:
-            layer = _layer(self, x.shape[2], x.shape[3])
+        layer = _layer(self, x.shape[2], x.shape[3])
+        if self.stride[0] == 2 and layer.output_padding == self.output_padding[0]:
             if _by_winograd(x, weight, layer):
                 return winograd.Transposed.apply(x, weight, layer)
             if _by_im2col(x, weight, layer):

@@ -29,7 +29,7 @@ class Convolution(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        (matrix, *patches), rows = ctx.saved_tensors, _rows(gradient)
+        (matrix, *patches), rows = ctx.saved_tensors, rows_of(gradient)
         return (
             _spread(rows @ matrix, ctx.layer) if ctx.needs_input_grad[0] else None,
             ctx.layer.kernels(rows.T @ patches[0]) if ctx.needs_input_grad[1] else None,
@@ -42,7 +42,7 @@ class Transposed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, layer: Layer) -> Tensor:
-        rows, matrix = _rows(x), _matrix(weight, layer)
+        rows, matrix = rows_of(x), _matrix(weight, layer)
         ctx.layer = layer
         ctx.save_for_backward(matrix, rows)
         return _spread(rows @ matrix, layer)
@@ -68,7 +68,7 @@ def _matrix(weight: Tensor, layer: Layer) -> Tensor:
     return layer.pairs(weight).reshape(len(weight), -1)
 
 
-def _rows(small: Tensor) -> Tensor:
+def rows_of(small: Tensor) -> Tensor:
     """(N, C, h, w) to (N h w, C), a view if it is channels last."""
     return small.permute(0, 2, 3, 1).reshape(-1, small.shape[1])
 
@@ -76,8 +76,8 @@ def _rows(small: Tensor) -> Tensor:
 def _maps(patches: Tensor, matrix: Tensor, layer: Layer) -> Tensor:
     """The product, (N, C, h, w)."""
     count = len(patches) // (layer.height * layer.width)
-    out = _empty(patches, count, len(matrix), layer.height, layer.width)
-    torch.mm(patches, matrix.T, out=_rows(out))
+    out = empty(patches, count, len(matrix), layer.height, layer.width)
+    torch.mm(patches, matrix.T, out=rows_of(out))
     return out
 
 
@@ -105,11 +105,11 @@ def _spread(rows: Tensor, layer: Layer) -> Tensor:
             if i or j:
                 total[:, i : i + height, :, j : j + width] += parts[:, :, :, i, :, j].transpose(2, 3)
     pixels = total.view(len(parts), 2 * (height + over), 2 * (width + over), -1)
-    out = _empty(rows, len(parts), pixels.shape[-1], 2 * height, 2 * width)
+    out = empty(rows, len(parts), pixels.shape[-1], 2 * height, 2 * width)
     out.permute(0, 2, 3, 1).copy_(pixels[:, before : before + 2 * height, before : before + 2 * width])
     return out
 
 
-def _empty(like: Tensor, *size: int) -> Tensor:
+def empty(like: Tensor, *size: int) -> Tensor:
     """A tensor that is not a view of another, so that what follows may work in place."""
     return torch.empty(size, dtype=like.dtype, memory_format=torch.channels_last)

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
@@ -84,7 +84,7 @@ class Service:
     command: tuple[str, ...]
     address: str = ""  # where it answers 200 when it is ready
     words: str = ""  # or what its log says then
-    process: subprocess.Popen[bytes] | None = None  # if it was started here
+    process: subprocess.Popen[bytes] | None = field(default=None, init=False)  # if it was started here
 
     @property
     def log(self) -> Path:
@@ -140,7 +140,7 @@ class Service:
     def wait(self) -> None:
         """Return when it is ready. Exits, with the end of its log, if it stops or takes too long."""
         deadline = time.monotonic() + START_SECONDS
-        while not self.ready():
+        while self.pid() is None or not self.ready():  # the log of one that has ended says that it was
             if self.pid() is None and self.process is None:  # found as it was ending
                 self.start()
             if self.pid() is None or time.monotonic() > deadline:
@@ -149,9 +149,9 @@ class Service:
             time.sleep(0.2)
 
     def _failure(self) -> str:
-        code = self.process.poll() if self.process else None
-        if code is None:
+        if self.process is None or self.pid() is not None:
             return f"not ready after {START_SECONDS} s"
+        code = self.process.wait()
         return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
     def stop(self) -> bool:
@@ -234,11 +234,11 @@ def down() -> None:
 
 def ui() -> None:
     """Run both servers until Ctrl-C; those that `up` started keep running."""
-    own = [server for server in SERVERS if server.pid() is None]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         _start_servers()
         say(*_addresses(), sep="\n")
+        own = [server for server in SERVERS if server.process]
         if not own:
             return
         say("Ctrl-C stops them.")
@@ -248,8 +248,9 @@ def ui() -> None:
     except KeyboardInterrupt:
         say()
     finally:
-        for server in own:
-            server.stop()
+        for server in SERVERS:
+            if server.process:
+                server.stop()
 
 
 def _start_servers() -> None:

@@ -15,12 +15,12 @@ BY_SUBPIXEL = Operations(larger=subpixel.larger)
 BY_PATCHES = Operations(patches.smaller, patches.larger, patches.weight_gradient)
 
 
-def with_gradients(apply, x, weight):
-    """y, and the gradients of x and the weight for a random one of y that is always the same."""
+def with_gradients(apply, x, weight, dtype=None):
+    """y, and the gradients of x and the weight for a random one of y, in `dtype` or y's, that is always the same."""
     x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
     y = apply(x, weight)
     torch.manual_seed(1)
-    return y, *torch.autograd.grad(y, (x, weight), torch.randn(y.shape).to(y.dtype))
+    return y, *torch.autograd.grad(y, (x, weight), torch.randn(y.shape).to(dtype or y.dtype).to(y.dtype))
 
 
 def case(way, kernel, count, channels, larger, height, width, transposed, dtype=torch.float64):
@@ -40,7 +40,7 @@ def beside_float64(way, kernel, count, channels, larger, height, width, transpos
     """Ours, PyTorch's, and PyTorch's in float64: of y, and of the gradients of x and the weight."""
     torch.manual_seed(0)
     x, weight, theirs, ours = case(way, kernel, count, channels, larger, height, width, transposed, dtype)
-    exact = with_gradients(theirs, x.double(), weight.double())
+    exact = with_gradients(theirs, x.double(), weight.double(), dtype)
     return zip(with_gradients(ours, x, weight), with_gradients(theirs, x, weight), exact, strict=True)
 
 

@@ -47,7 +47,8 @@ class Node:
             time.sleep(0.1)
 
     def kill(self) -> None:
-        if self.process.returncode is None:  # not twice: the number may be another process's by then
+        assert self.process.stdin is not None
+        if not self.process.stdin.closed:  # not twice: the number may be another process's by then
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.communicate()

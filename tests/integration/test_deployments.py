@@ -232,23 +232,46 @@ def test_a_service_that_is_found_as_it_ends_is_started_again(tmp_path: Path) -> 
     script = """
 import sys; sys.path.insert(0, "infra")
 import local
-ending = local.Service("some", ("python", "-c", "import time; time.sleep(3)"), words="ready")
+def service(seconds):
+    code = f"import time; print('ready', flush=True); time.sleep({seconds})"
+    return local.Service("some", ("python", "-c", code), words="ready")
+ending, again = service(3), service(60)
 ending.start()
-command = ("python", "-c", "import time; print('ready', flush=True); time.sleep(60)")
-again = local.Service("some", command, words="ready")
+ending.wait()
 again.start()
 assert again.process is None
+ending.process.wait()
 again.wait()
-assert again.pid() != ending.process.pid
+assert again.pid() == again.process.pid
 assert again.stop()
-dying = local.Service("some", ("python", "-c", "import os; print('why', flush=True); os.abort()"), words="ready")
-dying.start()
-dying.wait()
+"""
+    environment = {**os.environ, "DCGAN_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("end", "expected"),
+    [("sys.exit(3)", "exit code 3"), ("os.kill(os.getpid(), 9)", "killed by SIGKILL"), ("time.sleep(60)", "not ready")],
+)
+def test_a_service_that_does_not_start_says_how_it_ended(tmp_path: Path, end: str, expected: str) -> None:
+    script = f"""
+import sys; sys.path.insert(0, "infra")
+import local
+local.START_SECONDS = 5
+code = "import os, sys, time; print('why', flush=True); {end}"
+service = local.Service("some", ("python", "-c", code), words="ready")
+service.start()
+try:
+    service.wait()
+finally:
+    service.stop()
 """
     environment = {**os.environ, "DCGAN_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
     log = tmp_path / "services" / "some.log"
-    assert done.stderr == f"error: some did not start: killed by SIGABRT; the end of {log}:\nwhy\n"
+    assert done.stderr.startswith(f"error: some did not start: {expected}")
+    assert done.stderr.endswith(f"; the end of {log}:\nwhy\n")
 
 
 def test_a_torn_pid_file_is_of_nothing_that_runs(tmp_path: Path) -> None:

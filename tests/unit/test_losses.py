@@ -83,7 +83,7 @@ def test_losses_by_winograds_filtering_are_those_of_the_plain_step(digits_store,
 def test_losses_where_bfloat16_is_fast_are_those_of_the_plain_step(
     digits_store, monkeypatch, processor, precision, first
 ):
-    """Images by sub-pixel convolution; every weight gradient by patches; with AMX, the rest of every layer as well."""
+    """Images by sub-pixel convolution; of the other layers, weight gradients by patches, or with AMX everything."""
     on_processor(monkeypatch, processor)
     monkeypatch.setattr(convolution, "WIDE", 1)
     calls, products = recorded_operations(monkeypatch, subpixel), recorded_operations(monkeypatch, patches)

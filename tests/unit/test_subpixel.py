@@ -37,8 +37,9 @@ def test_it_is_not_used_in_float64_nor_in_another_format(used, monkeypatch):
     on_processor(monkeypatch, "AMX")
     for net in models.build(Model(kernel=4, width=8), 3, 0, 32, seed=0):
         x = torch.randn(2, 100) if net.convs[-1].weight.shape[1] == 3 else torch.randn(2, 3, 32, 32)
-        net(x)
-        net.double().to(memory_format=torch.channels_last)(x.double())
+        x.requires_grad_()
+        net(x).sum().backward()
+        net.double().to(memory_format=torch.channels_last)(x.double()).sum().backward()
     assert not used
 
 
