@@ -232,14 +232,15 @@ def test_a_service_that_is_found_as_it_ends_is_started_again(tmp_path: Path) -> 
     script = """
 import sys; sys.path.insert(0, "infra")
 import local
-def service(seconds):
-    code = f"import time; print('ready', flush=True); time.sleep({seconds})"
+def service():
+    code = "import time; print('ready', flush=True); time.sleep(60)"
     return local.Service("some", ("python", "-c", code), words="ready")
-ending, again = service(3), service(60)
+ending, again = service(), service()
 ending.start()
 ending.wait()
 again.start()
 assert again.process is None
+ending.process.kill()
 ending.process.wait()
 again.wait()
 assert again.pid() == again.process.pid
