@@ -30,6 +30,7 @@ HOME = Path(os.environ.get("DCGAN_HOME") or ROOT / "var").absolute()
 SERVICES = HOME / "services"
 POOL = "local"  # as in prefect.yaml
 START_SECONDS = 240  # MLflow creates its database in 10 s on a quiet machine, in a minute on a loaded one
+PORT_SECONDS = 5  # a process that was killed counts as gone while some of its threads still hold its port
 STOP_SECONDS = 60  # for a checkpoint, and for Ray to end
 CANCEL_SECONDS = 60  # Prefect gives a flow run 30 to end, and checks every 10 for what is to be cancelled
 
@@ -130,9 +131,11 @@ class Service:
             raise
 
     def _claim(self, port: int) -> None:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
+        deadline = time.monotonic() + PORT_SECONDS
+        while _listens(port):
+            if time.monotonic() > deadline:
                 fail(f"port {port} is in use by another program: set {self.name.upper()}_PORT to a free one")
+            time.sleep(0.1)
 
     def ready(self) -> bool:
         return _answers(self.address) if self.address else self.words in self.log.read_text(errors="replace")
@@ -167,6 +170,11 @@ class Service:
             os.killpg(pid, signal.SIGKILL)  # any of the group that ignored the request
         self.pid_file.unlink()
         return True
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def _answers(address: str) -> bool:

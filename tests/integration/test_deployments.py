@@ -228,6 +228,25 @@ def test_port_that_is_taken_is_named(stack: Stack, tmp_path: Path) -> None:
     assert done.stderr == f"error: port {port} is in use by another program: set PREFECT_PORT to a free one\n"
 
 
+def test_a_port_that_is_given_up_a_little_later_is_taken(tmp_path: Path) -> None:
+    script = """
+import sys; sys.path.insert(0, "infra")
+import socket, threading, time
+import local
+other = socket.create_server(("127.0.0.1", 0))
+port = other.getsockname()[1]
+threading.Timer(1, other.close).start()
+service = local.Service("some", ("python", "-m", "http.server", "--bind", "127.0.0.1", str(port)))
+service.address = f"http://127.0.0.1:{port}"
+service.start()
+service.wait()
+assert service.stop()
+"""
+    environment = {**os.environ, "DCGAN_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_service_that_is_found_as_it_ends_is_started_again(tmp_path: Path) -> None:
     script = """
 import sys; sys.path.insert(0, "infra")
