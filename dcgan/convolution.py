@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dcgan import im2col, patches, strided, subpixel, winograd
+from dcgan import im2col, patches, subpixel, winograd
 from dcgan.numerics import multiplies_bfloat16
-from dcgan.strided import Operations
+from dcgan.strided import Operations, Strided
 from dcgan.winograd import Layer
 
 # Which layers in bfloat16 are products over patches. With AVX-512 BF16 alone, the weight gradients of those with 256 or
@@ -27,6 +27,7 @@ from dcgan.winograd import Layer
 WIDE = 256
 HALF_A_TILE = 8
 PATCHES = 2**25  # most bytes of patches that were measured with AVX-512 BF16 alone
+
 # The time to make Winograd's tiles, in multiplications of a matrix product: per number in the larger map's tiles, in
 # the smaller map's, and in the transformed weights. Fitted with AVX2 on 2 cores to layers of 3 to 5 taps, 32 to 512
 # channels, 8 to 32 px and 16 to 128 images, whose time is met within 15 % (tests/benchmarks/bench_convolution.py).
@@ -89,7 +90,7 @@ class Conv2d(_Labelled, nn.Conv2d):
             if _by_im2col(x, weight, layer):
                 return im2col.Convolution.apply(x, weight, layer)
             if (operations := _operations(x, weight, layer)) != Operations():
-                return strided.Convolution.apply(*_cast(x, weight), layer, operations)
+                return Strided.apply(*_cast(x, weight), layer, operations, False)
         return self._library(x, weight)
 
     def _library(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -109,7 +110,7 @@ class ConvTranspose2d(_Labelled, nn.ConvTranspose2d):  # type: ignore[misc]
             if _by_im2col(x, weight, layer):
                 return im2col.Transposed.apply(x, weight, layer)
             if (operations := _operations(x, weight, layer)) != Operations():
-                return strided.Transposed.apply(*_cast(x, weight), layer, operations)
+                return Strided.apply(*_cast(x, weight), layer, operations, True)
         return self._library(x, weight)
 
     def _library(self, x: Tensor, weight: Tensor) -> Tensor:

@@ -43,43 +43,25 @@ class Operations(NamedTuple):
     weight_gradient: Callable[[Tensor, Tensor, Tensor, Layer], Tensor] = weight_gradient
 
 
-class Convolution(torch.autograd.Function):
-    """x (N, D, 2h, 2w), weight (C, D, kernel, kernel) to (N, C, h, w), as `F.conv2d` with stride 2."""
+class Strided(torch.autograd.Function):
+    """x and weight to the smaller map as `F.conv2d` with stride 2, or to the larger one as `F.conv_transpose2d`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, layer: Layer, operations: Operations) -> Tensor:
-        ctx.layer, ctx.operations = layer, operations
+    def forward(ctx: Any, x: Tensor, weight: Tensor, layer: Layer, operations: Operations, transposed: bool) -> Tensor:
+        ctx.layer, ctx.operations, ctx.transposed = layer, operations, transposed
         ctx.save_for_backward(x, weight)
-        return operations.smaller(x, weight, layer)
+        return (operations.larger if transposed else operations.smaller)(x, weight, layer)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (x, weight), layer, operations = ctx.saved_tensors, ctx.layer, ctx.operations
+        back = operations.smaller if ctx.transposed else operations.larger
+        small, large = (x, gradient) if ctx.transposed else (gradient, x)
         return (
-            operations.larger(gradient, weight, layer) if ctx.needs_input_grad[0] else None,
-            operations.weight_gradient(gradient, x, weight, layer) if ctx.needs_input_grad[1] else None,
+            back(gradient, weight, layer) if ctx.needs_input_grad[0] else None,
+            operations.weight_gradient(small, large, weight, layer) if ctx.needs_input_grad[1] else None,
             None,
-            None,
-        )
-
-
-class Transposed(torch.autograd.Function):
-    """x (N, C, h, w), weight (C, D, kernel, kernel) to (N, D, 2h, 2w), as `F.conv_transpose2d` with stride 2."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, layer: Layer, operations: Operations) -> Tensor:
-        ctx.layer, ctx.operations = layer, operations
-        ctx.save_for_backward(x, weight)
-        return operations.larger(x, weight, layer)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (x, weight), layer, operations = ctx.saved_tensors, ctx.layer, ctx.operations
-        return (
-            operations.smaller(gradient, weight, layer) if ctx.needs_input_grad[0] else None,
-            operations.weight_gradient(x, gradient, weight, layer) if ctx.needs_input_grad[1] else None,
             None,
             None,
         )

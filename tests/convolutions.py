@@ -6,9 +6,9 @@ A way is a module (`dcgan.winograd`, `dcgan.im2col`), or the operations that it 
 import torch
 import torch.nn.functional as F
 
-from dcgan import patches, strided, subpixel
+from dcgan import patches, subpixel
 from dcgan.models import GEOMETRY
-from dcgan.strided import Operations
+from dcgan.strided import Operations, Strided
 from dcgan.winograd import Layer
 
 BY_SUBPIXEL = Operations(larger=subpixel.larger)
@@ -31,9 +31,9 @@ def case(way, kernel, count, channels, larger, height, width, transposed, dtype=
     if transposed:
         x = torch.randn(count, channels, height, width, dtype=dtype)
         plain = lambda x, w: F.conv_transpose2d(x, w, None, 2, padding, more)  # noqa: E731
-        return x, weight, plain, _apply(way, "Transposed", layer)
+        return x, weight, plain, _apply(way, layer, True)
     x = torch.randn(count, larger, 2 * height, 2 * width, dtype=dtype)
-    return x, weight, lambda x, w: F.conv2d(x, w, None, 2, padding), _apply(way, "Convolution", layer)
+    return x, weight, lambda x, w: F.conv2d(x, w, None, 2, padding), _apply(way, layer, False)
 
 
 def beside_float64(way, kernel, count, channels, larger, height, width, transposed, dtype):
@@ -44,10 +44,11 @@ def beside_float64(way, kernel, count, channels, larger, height, width, transpos
     return zip(with_gradients(ours, x, weight), with_gradients(theirs, x, weight), exact, strict=True)
 
 
-def _apply(way, name, layer):
+def _apply(way, layer, transposed):
     if isinstance(way, Operations):
-        return lambda x, w: getattr(strided, name).apply(x, w, layer, way)
-    return lambda x, w: getattr(way, name).apply(x, w, layer)
+        return lambda x, w: Strided.apply(x, w, layer, way, transposed)
+    function = way.Transposed if transposed else way.Convolution
+    return lambda x, w: function.apply(x, w, layer)
 
 
 def recorded(monkeypatch, way):

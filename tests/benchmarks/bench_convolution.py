@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dcgan import im2col, memory, patches, strided, subpixel, winograd
+from dcgan import im2col, memory, patches, subpixel, winograd
 from dcgan.convolution import LIMIT, NARROW, _operations, winograd_time
 from dcgan.models import GEOMETRY
-from dcgan.strided import Operations
+from dcgan.strided import Operations, Strided
 from dcgan.winograd import Layer
 
 # images, channels of the larger map, of the smaller one, pixels of the larger one
@@ -71,10 +71,10 @@ def library(case: Case) -> Apply:
 
 
 def ours(case: Case, way: str) -> Apply:
-    name = "Transposed" if case.transposed else "Convolution"
     if operations := OPERATIONS.get(way):
-        return lambda x, w: getattr(strided, name).apply(x, w, case.layer, operations)
-    function = getattr({"winograd": winograd, "im2col": im2col}[way], name)
+        return lambda x, w: Strided.apply(x, w, case.layer, operations, case.transposed)
+    module = {"winograd": winograd, "im2col": im2col}[way]
+    function = module.Transposed if case.transposed else module.Convolution
     return lambda x, w: function.apply(x, w, case.layer)
 
 

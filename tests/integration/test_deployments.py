@@ -270,6 +270,35 @@ assert again.stop()
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_the_servers_alone_end_with_the_command_that_started_them_and_no_others(tmp_path: Path) -> None:
+    script = """
+import sys; sys.path.insert(0, "infra")
+import os, signal, threading, time
+import local
+def service(name):
+    return local.Service(name, ("python", "-c", "import time; print('on', flush=True); time.sleep(60)"), words="on")
+earlier = service("earlier")
+earlier.start()
+local.SERVERS = service("earlier"), service("own")
+def end():
+    while not (local.SERVERS[1].log.exists() and local.SERVERS[1].ready()):
+        time.sleep(0.1)
+    os.kill(os.getpid(), signal.SIGTERM)
+threading.Thread(target=end).start()
+try:
+    local.ui()
+except SystemExit as error:
+    assert error.code == 0, error.code
+assert (earlier.pid() is None, local.SERVERS[1].pid() is None) == (False, True)
+local.SERVERS = local.SERVERS[:1]
+local.ui()  # with nothing of its own it returns
+assert earlier.stop()
+"""
+    environment = {**os.environ, "DCGAN_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize(
     ("end", "expected"),
     [("sys.exit(3)", "exit code 3"), ("os.kill(os.getpid(), 9)", "killed by SIGKILL"), ("time.sleep(60)", "not ready")],
