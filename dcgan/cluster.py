@@ -37,8 +37,8 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_AUTO_CONNECT": "0",  # or a thread of Ray Data that outlives its session starts its own Ray
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # workers stay in the working directory, so that relative paths hold
-    # Ray's background work slows workers that use every core. The controller polls them this often, which also bounds
-    # how long a finished run waits; preemption is noticed by the worker's death.
+    # Ray's background work slows workers that use every core. The controller polls them this often, and later more
+    # rarely (cluster_trainer.py); preemption is noticed by the worker's death.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",

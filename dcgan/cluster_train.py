@@ -1,7 +1,8 @@
 """Runs a function in several Ray Train workers, here or on an existing cluster, and restarts them if one dies.
 
-Each worker gets an equal share of the cores, a process group that is already initialised (gloo, or NCCL on GPUs) and
-the variables that torchrun sets. Ray's own checkpoints are not used: a restarted function finds its own.
+Each worker gets an equal share of the cores. Two or more get a process group that is already initialised (gloo, or NCCL
+on GPUs) and the variables that torchrun sets; one needs none, and gloo's thread would wake up 100 times per second.
+Ray's own checkpoints are not used: a restarted function finds its own.
 """
 
 import importlib
@@ -79,6 +80,7 @@ def _trainer(
 ) -> Any:
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.backend import BackendConfig
     from ray.train.torch import TorchConfig
 
     from dcgan.cluster_trainer import StopOnRepeat, Trainer
@@ -90,7 +92,7 @@ def _trainer(
     return Trainer(
         _work,
         train_loop_config={"function": function, "arguments": arguments, "threads": cpus},
-        torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT),
+        backend_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT) if compute.workers > 1 else BackendConfig(),
         scaling_config=ScalingConfig(
             num_workers=compute.workers,
             use_gpu=use_gpu(compute, sum(int(node.get("GPU", 0)) for node in nodes)),

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -84,11 +85,13 @@ def test_a_local_ray_starts_nothing_that_training_does_not_need(tmp_path: Path) 
             return [title for title in titles if "Controller" in title or "Actor" in title]
 
         def report(file):
+            import torch
             from ray.util import list_named_actors
+            found = [] if not torch.distributed.is_initialized() else ["a process group"]
             until = time.monotonic() + 30
-            while (found := others()) and time.monotonic() < until:  # a process takes its time to die
+            while (actors := others()) and time.monotonic() < until:  # a process takes its time to die
                 time.sleep(0.1)
-            Path(file).write_text(json.dumps(list_named_actors(all_namespaces=True) + found))
+            Path(file).write_text(json.dumps(list_named_actors(all_namespaces=True) + actors + found))
 
         home = Path({str(tmp_path)!r})
         with cluster.session(home, workers=1):
@@ -101,6 +104,22 @@ def test_a_local_ray_starts_nothing_that_training_does_not_need(tmp_path: Path) 
     )
     assert found.stdout.splitlines()[-1] == "['gcs_server', 'raylet']"
     assert json.loads((tmp_path / "actors").read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("running", "often", "seconds"), [(0, 1, 1), (60, 1, 1), (300, 1, 5), (9e4, 1, 10), (0, 20, 20)]
+)
+def test_workers_are_polled_the_more_rarely_the_longer_they_run(running: float, often: float, seconds: float) -> None:
+    from dcgan.cluster_trainer import Controller
+
+    class Workers:
+        def poll_status(self, timeout: float) -> float:
+            return timeout
+
+    controller = Controller.__new__(Controller)
+    controller._began, controller._often = time.monotonic() - running, often
+    controller._latest_poll_time, controller._worker_group = -1e9, Workers()
+    assert asyncio.run(controller._poll_workers()) == pytest.approx(seconds, abs=0.5)
 
 
 def test_a_notebook_whose_thread_runs_an_event_loop_can_train(ray_home: Path) -> None:
