@@ -24,7 +24,9 @@ Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 OBJECT_STORE = 2**27  # bytes; no image and no tensor passes through Ray, whose default is 30 % of the memory
-LOOPBACK = "127.0.0.2"  # Ray replaces 127.0.0.1 by the address of a network interface, which a laptop may lose
+# Ray replaces 127.0.0.1 by the address of a network interface, which a laptop may lose. Its servers listen on all
+# interfaces whatever address they are given: the token keeps others out.
+LOOPBACK = "127.0.0.2"
 START_ATTEMPTS = 3  # Ray gives its own processes 15 s to start; the next attempt finds the libraries in memory
 SOCKET = len("/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store")  # bytes below its directory
 # Errors that a restart would only repeat.
@@ -124,8 +126,9 @@ def prepare() -> None:
         # By default Ray's agents outlive a killed driver by a minute, waiting for a server that died with it. But a
         # process also exits silently if the server takes longer than this to start: eight seconds were seen.
         os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "20")
-        if "RAY_AUTH_MODE" not in os.environ:
-            # This process's own token: by default Ray writes one to ~/.ray; without a token any user can run code.
+        if os.environ.get("RAY_AUTH_MODE") != "token":
+            # This process's own token: by default Ray writes one to ~/.ray; without a token anyone who reaches this
+            # machine can run code, also where the user has switched it off for some cluster.
             os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
 
 

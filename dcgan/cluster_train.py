@@ -7,6 +7,7 @@ Ray's own checkpoints are not used: a restarted function finds its own.
 
 import importlib
 import logging
+import os
 import secrets
 import threading
 from collections.abc import Callable
@@ -53,8 +54,9 @@ def launch(function: Callable[..., None], arguments: tuple, compute: Compute, ho
                 if isinstance(cause, WorkerError):
                     raise cause from error
                 # Ray gives up on a worker that dies before the group has started, whatever FailureConfig says, and
-                # then keeps the CPUs of the others: a session that is not ours would never get them back.
-                _remove_placement_groups(_placement_groups() - others)
+                # then keeps the CPUs of the others. On a cluster, where groups may be other people's, it frees them.
+                if started_here.is_set():
+                    _remove_placement_groups(_placement_groups() - others)
                 if not (isinstance(cause, RayActorError) and attempts_left):
                     raise WorkerError(f"Ray's controller failed: {type(cause).__name__}: {cause}") from error
                 log.warning("a worker died while the workers were starting; starting them again")
@@ -85,8 +87,13 @@ def _trainer(
 
     from dcgan.cluster_trainer import StopOnRepeat, Trainer
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    cpus = _share([int(node.get("CPU", 0)) for node in nodes], compute.workers)
+    nodes = [
+        (int(node["Resources"].get("CPU", 0)), int(node["Resources"].get("GPU", 0)))
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+    on_gpus = use_gpu(compute, sum(gpus for _, gpus in nodes))
+    cpus = _share(nodes, compute.workers, on_gpus)
     if (free := ray.available_resources().get("CPU", 0)) < cpus * compute.workers and not started_here.is_set():
         log.warning("Ray has %d CPUs free of the %d wanted; training waits for them", free, cpus * compute.workers)
     return Trainer(
@@ -95,14 +102,18 @@ def _trainer(
         backend_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT) if compute.workers > 1 else BackendConfig(),
         scaling_config=ScalingConfig(
             num_workers=compute.workers,
-            use_gpu=use_gpu(compute, sum(int(node.get("GPU", 0)) for node in nodes)),
+            use_gpu=on_gpus,
             resources_per_worker={"CPU": cpus},
         ),
         run_config=RunConfig(
             # A new name for each launch: Ray must never find one of its own snapshots to resume from.
             name=f"{name}-{secrets.token_hex(4)}",
             storage_path=str(home / "ray" / "train"),
-            failure_config=FailureConfig(max_failures=attempts),
+            failure_config=FailureConfig(
+                max_failures=attempts,
+                # Workers that do not start: on a cluster they may be waiting for CPUs that others use.
+                controller_failure_limit=attempts if started_here.is_set() else -1,
+            ),
             callbacks=[StopOnRepeat()],
         ),
     )
@@ -112,12 +123,20 @@ def _work(config: dict[str, Any]) -> None:
     import torch
 
     torch.set_num_threads(config["threads"])  # Ray leaves it at 1
+    if not torch.distributed.is_initialized():
+        os.environ["WORLD_SIZE"] = "1"  # a pod's own variables may say otherwise, and it would wait for the others
+        os.environ.pop("LOCAL_RANK", None)
     config["function"](*config["arguments"])
 
 
-def _share(nodes: list[int], workers: int) -> int:
-    """The most CPUs that each of `workers` can have, given each node's CPUs; a worker stays within one node."""
-    for cpus in range(sum(nodes) // workers, 0, -1):
-        if sum(node // cpus for node in nodes) >= workers:
-            return cpus
-    raise ValueError(f"compute.workers={workers} needs as many CPUs, and Ray has {sum(nodes)}")
+def _share(nodes: list[tuple[int, int]], workers: int, on_gpus: bool) -> int:
+    """The most CPUs that each of `workers` can have, given each node's CPUs and GPUs; a worker stays within one node.
+
+    on_gpus: each has a GPU of its node, too.
+    """
+    total = sum(cpus for cpus, _ in nodes)
+    for share in range(total // workers, 0, -1):
+        if sum(min(cpus // share, gpus) if on_gpus else cpus // share for cpus, gpus in nodes) >= workers:
+            return share
+    wanted = "as many CPUs, each on a node with a GPU for it" if on_gpus else "as many CPUs"
+    raise ValueError(f"compute.workers={workers} needs {wanted}, and Ray has {total}")

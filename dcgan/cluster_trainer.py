@@ -20,7 +20,7 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from dcgan.cluster import REPEATS, WorkerError, started_here
 
-SELDOM = 10.0  # seconds between polls of workers that have run for long
+SELDOM = 4.0  # seconds between polls of workers that have run for long; SIGTERM leaves 30 for all there is to do
 
 
 class StopOnRepeat(UserCallback):  # type: ignore[misc]  # mypy follows no import of ray

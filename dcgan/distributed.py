@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dcgan.numerics import on_cuda
+
 # A rank that hangs is given up on after this long. A healthy rank waits for rank 0 to score and copy a checkpoint:
 # seconds on a GPU, a minute at 128 px on one CPU core.
 TIMEOUT = timedelta(minutes=10)
@@ -35,10 +37,7 @@ def join(device: str) -> Iterator[Place]:
 
     device: auto, cpu or cuda. Raises ValueError if CUDA is asked for and absent.
     """
-    cuda = torch.cuda.is_available()
-    if device == "cuda" and not cuda:
-        raise ValueError("compute.device=cuda, but this process sees no CUDA device")
-    use_cuda = cuda and device != "cpu"
+    use_cuda = on_cuda(device)
     owned = not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1
     if owned:
         dist.init_process_group("nccl" if use_cuda else "gloo", timeout=TIMEOUT)

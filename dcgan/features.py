@@ -30,7 +30,7 @@ from dcgan.data import batches
 from dcgan.data.batches import Images, normalise
 from dcgan.data.store import Store
 from dcgan.models import Discriminator, Generator
-from dcgan.numerics import layout
+from dcgan.numerics import layout, on_cuda
 from dcgan.run import Run
 
 POOL = 4  # paper, section 5.1: each layer's maps are pooled to a 4x4 grid
@@ -205,7 +205,7 @@ def _batches(images: Images, rows: np.ndarray, device: torch.device) -> Iterator
 
 
 def _device(run: Run) -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() and run.experiment.compute.device != "cpu" else "cpu")
+    return torch.device("cuda" if on_cuda(run.experiment.compute.device) else "cpu")
 
 
 def read_bank(run: Run, source: str, step: int, split: str) -> np.ndarray:

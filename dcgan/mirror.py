@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dcgan import storage
+from dcgan import storage, tracking
 from dcgan.remote import Remote, RemoteError, in_parallel
 
 log = logging.getLogger(__name__)
@@ -77,6 +77,7 @@ def _pull_store(remote: Remote, stores: Path, fingerprint: str, cache_gb: float)
 def _pull(remote: Remote, at: str, directory: Path, manifest: bytes) -> None:
     """Copy a sealed directory, by way of `.pull-<name>` next to it, which survives an interruption."""
     files = json.loads(manifest)["files"]
+    _check_names(remote, at, files)
     staged = directory.with_name(f".pull-{directory.name}")
     staged.mkdir(parents=True, exist_ok=True)
     here = {path.name: storage.sha256(path) for path in staged.iterdir() if path.name in files}
@@ -89,6 +90,13 @@ def _pull(remote: Remote, at: str, directory: Path, manifest: bytes) -> None:
     storage.write_bytes(staged / storage.MANIFEST, manifest)
     storage.publish(staged, directory)
     shutil.rmtree(staged, ignore_errors=True)  # left if a copy was here already
+
+
+def _check_names(remote: Remote, at: str, names: Iterable[str]) -> None:
+    """Raise CorruptError for a name that would be written elsewhere: whoever writes to the remote chooses them."""
+    for name in names:
+        if not storage.is_below(name):
+            raise storage.CorruptError(f"{remote.url}/{at} has a file {name!r}, which is no path below it")
 
 
 def touch(store: Path) -> None:
@@ -213,10 +221,11 @@ def _pull_run(remote: Remote, at: str, run: Path, there: Iterable[str], steps: s
     Metrics beyond that checkpoint are cut when training resumes. A checkpoint that the remote lacks, or has in another
     version, is no longer part of the run.
     """
+    _check_names(remote, at, there)
     plain = [name for name in there if not name.startswith("checkpoints/") or name == "checkpoints/best.json"]
     for name in plain:
         if name != "experiment.json" and (content := remote.read(f"{at}/{name}")) is not None:
-            storage.write_bytes(run / name, content)
+            storage.write_bytes(run / name, tracking.copied(content) if name == "mlflow.json" else content)
     for step in sorted(steps | _here(run)):
         own, other = run / "checkpoints" / str(step), f"{at}/checkpoints/{step}"
         manifest = remote.read(f"{other}/{storage.MANIFEST}")

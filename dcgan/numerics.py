@@ -1,4 +1,4 @@
-"""Chooses the dtype and memory format that a step computes in: the fastest on the device, or those asked for."""
+"""Chooses the device, and the dtype and memory format that a step computes in: the fastest, or those asked for."""
 
 from typing import NamedTuple
 
@@ -29,6 +29,13 @@ def numerics(settings: Train, device: torch.device) -> Numerics:
     if settings.memory_format == "auto":
         return Numerics(dtype, torch.channels_last if dtype == torch.bfloat16 else layout(device))
     return Numerics(dtype, FORMATS[settings.memory_format])
+
+
+def on_cuda(wanted: str) -> bool:
+    """Whether `compute.device` (auto, cpu or cuda) means CUDA here. Raises ValueError if it is asked for and absent."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ValueError("compute.device=cuda, but this process sees no CUDA device")
+    return wanted != "cpu" and torch.cuda.is_available()
 
 
 def layout(device: torch.device) -> torch.memory_format:

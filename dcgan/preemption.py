@@ -39,6 +39,9 @@ def awaited(run: Run) -> Iterator[None]:
     again.daemon = True
 
     def ask(*_: Any) -> None:
+        if asked.is_set():  # Ray puts this handler back if SIGTERM arrives while it starts
+            act(signal.SIGTERM, None)
+            return
         signal.signal(signal.SIGTERM, act)
         asked.set()
         file.touch()
@@ -60,13 +63,16 @@ class Request:
     """Whether a run's training has been asked to end; the answer is the same on all ranks."""
 
     def __init__(self, run: Run, place: Place) -> None:
-        self.file, self.place, self._due = run.path / FILE, place, 0.0
+        self.file, self.place = run.path / FILE, place
+        self._due, self._seen = 0.0, False
 
-    def __call__(self, together: bool) -> bool:
-        """Several ranks can agree only where all call it `together`; a single rank checks every LOOK seconds."""
-        if self.place.world > 1:
-            return together and distributed.any_rank(self.file.exists(), self.place)
-        if (now := time.monotonic()) < self._due:
+    def __call__(self, logging: bool) -> bool:
+        """After every step; logging: whether the metrics are read after this one.
+
+        Several ranks have to agree, which on CUDA would wait for the device: there they do where `logging` does, too.
+        """
+        if self.place.world > 1 and self.place.device.type == "cuda" and not logging:
             return False
-        self._due = now + LOOK
-        return self.file.exists()
+        if (now := time.monotonic()) >= self._due:
+            self._due, self._seen = now + LOOK, self.file.exists()
+        return distributed.any_rank(self._seen, self.place) if self.place.world > 1 else self._seen

@@ -42,6 +42,11 @@ def hold(file: Path, what: str, wait: bool = False) -> Iterator[None]:
         yield
 
 
+def is_below(name: str) -> bool:
+    """Whether a name from elsewhere, its parts separated by slashes, is the path of a file below a directory."""
+    return not {"", ".", ".."} & set(name.split("/")) and "\0" not in name
+
+
 def sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
     with path.open("rb") as file:

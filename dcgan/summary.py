@@ -181,10 +181,24 @@ def commit() -> str:
     return _commit(_git())
 
 
+def hardware(found: dict[str, Any]) -> str:
+    """The processors of an `environment`, in one line."""
+    return "; ".join([found["cpu"], *found["gpu"]])
+
+
 def trained_by(run: Run) -> str:
     """The commit of the code that trained a run; "" if that was not recorded, as under torchrun."""
+    return _commit(found) if (found := _trained_in(run)) else ""
+
+
+def trained_on(run: Run) -> str:
+    """The hardware that trained a run, or as much of it as the waiting process saw; "" if that was not recorded."""
+    return hardware(found) if (found := _trained_in(run)) else ""
+
+
+def _trained_in(run: Run) -> dict[str, Any] | None:
     file = run.path / "environment.json"
-    return _commit(json.loads(file.read_text())) if file.is_file() else ""
+    return json.loads(file.read_text()) if file.is_file() else None
 
 
 def _commit(found: dict[str, Any]) -> str:

@@ -53,7 +53,8 @@ class Ledger:
     """What has been delivered to the run's MLflow run, and what that should look like. Times are in ms since 1970.
 
     images: metrics up to this many images seen have arrived. sent: item to the version of it that has arrived.
-    pending: items being sent; after a crash or a lost answer, the server is asked whether one arrived.
+    pending: items being sent; after a crash or a lost answer, the server is asked whether one arrived. copied: it came
+    from another machine and may be older than what that one delivered last, so the server is asked about the rest.
     """
 
     path: Path
@@ -67,6 +68,7 @@ class Ledger:
     images: int = -1
     sent: dict[str, str] = field(default_factory=dict)
     pending: list[str] = field(default_factory=list)
+    copied: bool = False
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -95,7 +97,13 @@ class Ledger:
     def forget(self) -> None:
         """Start over, for a new MLflow run; what the run should look like stays."""
         self.run_id, self.experiment_id, self.token = "", "", secrets.token_hex(8)
-        self.images, self.sent, self.pending = -1, {}, []
+        self.images, self.sent, self.pending, self.copied = -1, {}, [], False
+
+    def trust(self) -> None:
+        """What it lacks has not arrived: all of it has just been delivered."""
+        if self.copied:
+            self.copied = False
+            self.save()
 
 
 @dataclass
@@ -108,6 +116,11 @@ class Delivery:
     images: int = 0
     files: int = 0
     models: int = 0
+
+
+def copied(ledger: bytes) -> bytes:
+    """The content of a ledger's file as another machine has to take it over."""
+    return json.dumps({**json.loads(ledger), "copied": True}).encode()
 
 
 def milliseconds() -> int:
@@ -204,7 +217,7 @@ def _follow(run: Run, stop: threading.Event) -> None:
                 if away:
                     log.info("MLflow at %s is back; the record is delivered", without_password(uri(run.home)))
                 away, delivered = False, found
-            except TrackingError as error:
+            except (TrackingError, OSError) as error:
                 if not away:
                     log.warning("%s; training continues and the record is kept in %s", error, run.path)
                 away, pause = True, EVERY
@@ -224,7 +237,7 @@ def _attempt(run: Run, **wanted: Any) -> str | None:
         with _courier(run, **wanted) as courier:
             courier.progress()
             return courier.delivery.run_id
-    except TrackingError as error:
+    except (TrackingError, OSError) as error:
         log.warning("%s; nothing is lost: `dcgan sync %s` delivers it", error, run.path)
         return None
 

@@ -41,6 +41,7 @@ class Courier:
         self.samples()
         self.tags()
         tracking_run.set_status(self.client, self.ledger, self.known)
+        self.ledger.trust()
 
     def everything(self) -> None:
         """Deliver everything, the large items last."""
@@ -53,6 +54,7 @@ class Courier:
         self.checkpoints()
         self.models()
         tracking_run.set_status(self.client, self.ledger, self.known)
+        self.ledger.trust()
 
     def data(self) -> None:
         """The image store as the run's training data, under its fingerprint."""
@@ -77,7 +79,7 @@ class Courier:
     def metrics(self) -> None:
         """Lines of metrics.jsonl beyond the last one sent: lines rewritten after a resume have arrived already."""
         ledger = self.ledger
-        if "metrics" in ledger.pending:
+        if "metrics" in ledger.pending or ledger.copied:
             history = self.client.get_metric_history(ledger.run_id, MARKER)
             ledger.images = max([ledger.images, *(past.step for past in history)])
             ledger.end("metrics", str(ledger.images))
@@ -169,7 +171,7 @@ class Courier:
         """
         if self.ledger.sent.get(item) == version:
             return False
-        again = item in self.ledger.pending
+        again = item in self.ledger.pending or self.ledger.copied
         self.ledger.begin(item)
         send(*arguments, again=again)
         self.ledger.end(item, version)

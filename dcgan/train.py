@@ -70,7 +70,7 @@ def train(run: Run) -> None:
 
                 # After a step: read the metrics now and then, and keep what is due.
                 done = step + 1
-                stopping = is_asked(together=done % settings.log_every == 0)
+                stopping = is_asked(logging=done % settings.log_every == 0)
                 saving = done % settings.checkpoint_every == 0 or done == settings.steps or stopping
                 drawing = done % settings.sample_every == 0 or done == settings.steps
                 line = None

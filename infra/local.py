@@ -310,7 +310,8 @@ def _end_flow_runs() -> None:
     left = _flow_runs()
     for pid in left:
         say(f"stopping the flow run of process {pid}")
-        os.kill(pid, signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
     deadline = time.monotonic() + STOP_SECONDS
     while set(left) & set(_flow_runs()) and time.monotonic() < deadline:
         time.sleep(0.1)

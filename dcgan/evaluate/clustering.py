@@ -25,7 +25,7 @@ def score(
     lowest inertia is scored, a choice that uses no labels. Distances are between unscaled features, pixels in [0, 1]
     too: on MNIST's pixels the NMI is then near the published .4997 (DAC, ICCV 2017), while standardised it is at most
     .435. `tests/benchmarks/raw_pixel_clustering.py` measures how near.
-    Raises ValueError for input that `samples.check` rejects.
+    Raises ValueError for input that `inputs.check` rejects.
     """
     # Some data sets are clustered whole and have no test images.
     check(train_x, train_y, *((test_x, test_y) if len(test_y) else (train_x, train_y)), validation)

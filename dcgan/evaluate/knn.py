@@ -60,8 +60,7 @@ def score_few_labels(
     pool, held, held_y = split_for_choice(samples, train_y, validation, settings.seed)
     draws = [pool[draw(train_y[pool], settings.labels_per_class, (settings.seed, i))] for i in range(settings.draws)]
     tried = sorted(set(settings.neighbours))
-    if tried[-1] > len(draws[0]):
-        raise ValueError(f"evaluate.neighbours={tried[-1]}, but a draw has only {len(draws[0])} labels")
+    check_draw(settings, len(draws[0]))
     found = [accuracies(samples.take(rows), train_y[rows], held, held_y, tried) for rows in draws[:CHOICE_DRAWS]]
     means = np.mean(found, axis=0)
     chosen = tried[int(np.argmax(means))]
@@ -73,6 +72,12 @@ def score_few_labels(
         "knn_few_labels/validation_accuracy": float(max(means)),
         "knn_few_labels/neighbours": float(chosen),
     }
+
+
+def check_draw(settings: Evaluate, labels: int) -> None:
+    """Raise ValueError if the largest of `settings.neighbours` exceeds the labels of a draw."""
+    if (most := max(settings.neighbours)) > labels:
+        raise ValueError(f"evaluate.neighbours={most}, but a draw has only {labels} labels")
 
 
 def accuracies(

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dcgan.numerics import on_cuda
+
 # Of float32 features: on a CPU a block is still cached when a second product reads it; a GPU is kept busy.
 BLOCK_BYTES = {"cpu": 2**21, "cuda": 2**28}
 
@@ -117,8 +119,8 @@ def computing_on(wanted: str) -> Iterator[None]:
 
 
 def device(wanted: str = "auto") -> str:
-    """`wanted`; if "auto", what `computing_on` says; if that is "auto" too, cuda where there is one, else cpu."""
-    for one in (wanted, _device.get()):
-        if one != "auto":
-            return one
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """`wanted`; if "auto", what `computing_on` says; if that is "auto" too, cuda where there is one, else cpu.
+
+    Raises ValueError for cuda where there is none.
+    """
+    return "cuda" if on_cuda(wanted if wanted != "auto" else _device.get()) else "cpu"

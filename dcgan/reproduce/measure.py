@@ -11,6 +11,7 @@ import json
 import logging
 import re
 import shlex
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -105,8 +106,11 @@ def _once(table: str, row: Row, overrides: tuple[str, ...], seed: int) -> dict[s
     with _ended(setting.runs), computing_on(given(overrides, "compute.device") or "auto"):
         measured = row.measure(setting)
         where["commit"] = ", ".join(dict.fromkeys([*_commits(setting.runs.values()), where["commit"]]))
+        trained = filter(None, map(summary.trained_on, setting.runs.values()))
+        where["hardware"] = ", ".join(dict.fromkeys([*trained, where["hardware"]]))
         seconds = time.perf_counter() - began
         storage.write_json(file, {**where, "seconds": seconds, "measured": dataclasses.asdict(measured)})
+    shutil.rmtree(setting.directory, ignore_errors=True)
     return json.loads(file.read_text())
 
 
@@ -156,7 +160,7 @@ def _where() -> dict[str, Any]:
     """The hardware, commit and date of a measurement."""
     environment = summary.environment()
     return {
-        "hardware": "; ".join([environment["cpu"], *environment["gpu"]]),
+        "hardware": summary.hardware(environment),
         "commit": summary.commit(),
         "date": datetime.now(UTC).date().isoformat(),
     }

@@ -153,9 +153,11 @@ def check(overrides: Sequence[str], seeds: int = 1) -> None:
         raise ValueError(f"seeds={seeds}: a row is measured with at least one")
     known = config.keys()
     for word in overrides:
-        _, key, value = _Override.read(word)
+        preset, key, value = _Override.read(word)
         if key not in known:
             raise ValueError(f"unknown key {key!r}{config.meant(key, known)}")
+        if preset and key in ("data.home", "compute.device"):
+            raise ValueError(f"{word}: a row has one home and one device for everything: give {key}={value}")
         config.refuse_secret(key, value)  # each of them: the record has them all, also those that a later one replaces
         if key in ("train.seed", "evaluate.seed"):
             raise ValueError(f"{word}: a row is measured with the seeds 0 to N - 1 of --seeds N")
@@ -193,6 +195,8 @@ def features(run: Run, protocol: config.Protocol, names: dict[str, str]) -> Meas
         if name not in names.values() and name.rpartition("/")[2] in ("c", "neighbours")
     }
     some = f"; {settings.labels:,} labels" if settings.labels and protocol in ("svm", "knn") else ""
+    if protocol == "svm_few_labels":
+        some = f"; {settings.labels_per_class:,} labels per class in each draw"
     return Measured(
         cells.pop("discriminator"),
         scale(run) + some,
@@ -210,7 +214,7 @@ def merged(*parts: Measured) -> Measured:
             controls[control] = {**controls.get(control, {}), **figures}
     return Measured(
         {column: figure for part in parts for column, figure in part.figures.items()},
-        parts[0].scale,
+        "; ".join(dict.fromkeys(piece for part in parts for piece in part.scale.split("; "))),
         controls,
         {key: value for part in parts for key, value in part.choices.items()},
         tuple(dict.fromkeys(name for part in parts for name in part.runs)),

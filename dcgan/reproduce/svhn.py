@@ -17,11 +17,24 @@ from dcgan.config import Evaluate, digest
 from dcgan.evaluate import knn, supervised, tsvm
 from dcgan.evaluate.published import PAPER
 from dcgan.evaluate.samples import device
-from dcgan.reproduce.rows import QUOTED, Column, Figure, Measured, Row, Setting, Table, arrays, features, scale
+from dcgan.reproduce.rows import (
+    QUOTED,
+    Column,
+    Figure,
+    Measured,
+    Row,
+    Setting,
+    Table,
+    arrays,
+    checkpoint_rule,
+    features,
+    scale,
+)
 
 KINGMA = f"{PAPER}, after Kingma et al., NeurIPS 2014"
 DRAWS = "evaluate.draws=10"  # for the slow rows; nothing was published about theirs
 TRIALS = 64  # paper, section 5.2
+CLASSES = 10
 GPUS = {"cpu": 0.0, "cuda": 0.25}  # share of one per trial: the net is small
 
 Scorer = Callable[[Evaluate, dict[str, np.ndarray], dict[str, np.ndarray]], dict[str, float]]
@@ -65,6 +78,9 @@ def _in_pixels(name: str, scorer: Scorer, setting: Setting) -> Measured:
 
 
 def _on_features(name: str, scorer: Scorer, setting: Setting) -> Measured:
+    planned = setting.experiment("svhn", DRAWS).evaluate
+    if name == "knn_few_labels":
+        knn.check_draw(planned, CLASSES * planned.labels_per_class)  # before hours of training
     run = setting.extracted("svhn", DRAWS)
     store, settings = run.scored_store(), run.experiment.evaluate
     labels = {split: store.labels(split) for split in store.scored}
@@ -72,9 +88,15 @@ def _on_features(name: str, scorer: Scorer, setting: Setting) -> Measured:
     for source in ("discriminator", "random_init"):
         banks = {split: stages.representation(run, source, split) for split in labels}
         found[source] = _error(scorer(settings, banks, labels), name, settings.draws)
-    figures, choices = found["discriminator"]
     words = f"{scale(run)}; {_labels(settings.labels_per_class)}"
-    return Measured(figures, words, {"random init": found["random_init"][0]}, choices, (run.name,))
+    choices = {f"{source} {key}": value for source, (_, chosen) in found.items() for key, value in chosen.items()}
+    return Measured(
+        found["discriminator"][0],
+        words,
+        {"random init": found["random_init"][0]},
+        {**choices, "checkpoint": checkpoint_rule(run)},
+        (run.name,),
+    )
 
 
 def _svm(setting: Setting) -> Measured:
@@ -142,7 +164,7 @@ def _one_by_one(
 
 
 def _labels(per_class: int) -> str:
-    return f"{10 * per_class:,} labels"
+    return f"{CLASSES * per_class:,} labels"
 
 
 def _quoted(key: str, method: str, error: float) -> Row:

@@ -88,6 +88,7 @@ def test_a_local_ray_starts_nothing_that_training_does_not_need(tmp_path: Path) 
             import torch
             from ray.util import list_named_actors
             found = [] if not torch.distributed.is_initialized() else ["a process group"]
+            found += [] if os.environ["WORLD_SIZE"] == "1" else ["others that are waited for"]
             until = time.monotonic() + 30
             while (actors := others()) and time.monotonic() < until:  # a process takes its time to die
                 time.sleep(0.1)
@@ -100,7 +101,11 @@ def test_a_local_ray_starts_nothing_that_training_does_not_need(tmp_path: Path) 
             print(sorted(ray._private.worker._global_node.all_processes))
     """
     found = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE, text=True, check=True
+        [sys.executable, "-c", textwrap.dedent(program)],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        env={**os.environ, "WORLD_SIZE": "2", "RANK": "1"},  # as in a pod of a job with two of them
     )
     assert found.stdout.splitlines()[-1] == "['gcs_server', 'raylet']"
     assert json.loads((tmp_path / "actors").read_text()) == []
@@ -188,7 +193,29 @@ def test_what_ray_lacks_is_refused_before_anything_waits_for_it(ray_home: Path, 
     [([8], 1, 8), ([8], 3, 2), ([2, 2], 1, 2), ([4, 4, 1], 2, 4), ([3, 3], 3, 1), ([1, 1], 2, 1)],
 )
 def test_share_is_the_most_that_fits_within_nodes(nodes: list[int], workers: int, cpus: int) -> None:
-    assert cluster_train._share(nodes, workers) == cpus
+    assert cluster_train._share([(node, 0) for node in nodes], workers, on_gpus=False) == cpus
+
+
+@pytest.mark.parametrize(
+    ("nodes", "workers", "cpus"),
+    [([(64, 0), (8, 1)], 1, 8), ([(32, 1), (8, 2)], 2, 8), ([(32, 1), (8, 2)], 3, 4), ([(8, 4)], 2, 4)],
+)
+def test_a_worker_on_a_gpu_has_the_cpus_of_its_node(nodes: list[tuple[int, int]], workers: int, cpus: int) -> None:
+    assert cluster_train._share(nodes, workers, on_gpus=True) == cpus
+    with pytest.raises(ValueError, match="each on a node with a GPU for it"):
+        cluster_train._share([(64, 0), (0, 1)], 1, on_gpus=True)
+
+
+def test_a_local_ray_keeps_others_out_whatever_was_set_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "")
+    cluster.prepare()
+    assert os.environ["RAY_AUTH_MODE"] == "token"
+    own = os.environ["RAY_AUTH_TOKEN"]
+    assert len(own) == 64
+    cluster.prepare()
+    assert os.environ["RAY_AUTH_TOKEN"] == own
 
 
 def test_two_workers_on_two_nodes_train_what_they_train_on_one(home: Path, tmp_path: Path) -> None:

@@ -163,6 +163,26 @@ def test_what_arrived_without_an_answer_is_not_sent_twice(new_run: Callable[...,
     assert ledger(run).pending == []
 
 
+def test_a_ledger_of_a_lost_machine_that_lags_behind_doubles_nothing(new_run: Callable[..., Run]) -> None:
+    run = new_run()
+    fabricated.play(run, 0, 300)
+    tracking.sync(run)
+    copy = (run.path / "mlflow.json").read_bytes()  # the last that reached `data.remote`
+    fabricated.play(run, 300, 600)
+    tracking.sync(run)
+    storage.write_bytes(run.path / "mlflow.json", tracking.copied(copy))
+    later = time.time() + 60
+    os.utime(run.path / "metrics.jsonl", (later, later))  # MLflow itself drops a value with the same time
+
+    tracking.sync(run)
+    assert steps(run, "train/d_loss") == STEPS
+    assert len(grids(run)) == 7
+    assert not ledger(run).copied
+    fabricated.play(run, 600, 700)
+    tracking.sync(run)
+    assert steps(run, "train/d_loss") == [*STEPS, 650, 700]
+
+
 def test_two_processes_deliver_the_same_run_at_once(new_run: Callable[..., Run]) -> None:
     run = new_run()
     fabricated.finished(run)

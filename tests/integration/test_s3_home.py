@@ -1,7 +1,9 @@
 """Stores and runs at s3://: a real server over HTTP, with faults, kills and a small cache."""
 
+import json
 import math
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -120,6 +122,19 @@ def test_an_object_that_is_not_what_the_manifest_says_is_refused_by_name(
     with pytest.raises(storage.CorruptError, match=r"train-00000\.npy is corrupt"):
         mirror.pull_store(tmp_path / "b", URL, made.fingerprint, 1)
     assert not (tmp_path / "b" / "stores" / made.fingerprint).exists()
+
+
+@pytest.mark.parametrize("name", ["/outside", "../outside", "samples/../../outside", "samples//outside"])
+def test_a_name_that_leads_elsewhere_is_refused(server: s3.Store, tmp_path: Path, name: str) -> None:
+    there, run = Remote(URL), tmp_path / "home" / "runs" / "one"
+    server.put(f"bucket/team/runs/one/{name}", b"hostile")
+    there.write("runs/one/experiment.json", b"{}")
+    with pytest.raises(storage.CorruptError, match=re.escape(repr(name))):
+        mirror.pull_run(run, URL)
+    manifest = json.dumps({"files": {name: {"bytes": 7, "sha256": "?"}}}).encode()
+    with pytest.raises(storage.CorruptError, match=re.escape(repr(name))):
+        mirror._pull(there, "stores/one", tmp_path / "stores" / "one", manifest)
+    assert not list(tmp_path.rglob("*outside*"))
 
 
 def test_the_longest_unused_stores_make_room(

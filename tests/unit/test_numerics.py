@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dcgan.config import Train
-from dcgan.numerics import numerics
+from dcgan.numerics import numerics, on_cuda
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 LAST, PLAIN = torch.channels_last, torch.contiguous_format
@@ -27,6 +27,20 @@ def test_a_cpu_computes_in_bfloat16_where_it_multiplies_in_it(multiplies, expect
 def test_cuda_computes_in_bfloat16_from_ampere_on(capability, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert chosen(CUDA) == expected
+
+
+@pytest.mark.parametrize(
+    ("wanted", "there", "expected"), [("auto", True, True), ("auto", False, False), ("cpu", True, False)]
+)
+def test_cuda_is_used_where_it_is_and_was_not_refused(wanted, there, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    assert on_cuda(wanted) == expected
+
+
+def test_cuda_that_was_asked_for_and_is_absent_is_an_error(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="but this process sees no CUDA device"):
+        on_cuda("cuda")
 
 
 @pytest.mark.parametrize("multiplies", [True, False])

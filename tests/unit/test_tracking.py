@@ -1,5 +1,6 @@
 """What is sent to MLflow, and the ledger, without MLflow."""
 
+import errno
 import json
 import logging
 import os
@@ -119,6 +120,26 @@ def test_an_exception_in_training_passes_through_follow(run: Run, monkeypatch: p
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     with pytest.raises(ZeroDivisionError), tracking.follow(run):
         raise ZeroDivisionError
+
+
+def test_a_disk_without_room_ends_neither_deliveries_nor_training(
+    run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tracking.Ledger, "save", full)
+    monkeypatch.setattr(tracking, "SOON", 0.05)
+
+    def training() -> None:
+        with tracking.follow(run):
+            while not caplog.records:
+                time.sleep(0.05)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        training()
+    assert "No space left on device" in caplog.text
 
 
 def test_importing_tracking_brings_neither_mlflow_nor_its_settings() -> None:

@@ -122,7 +122,7 @@ class Staging:
 
     def _item(self, entry: dict[str, Any], prefix: str) -> Item:
         key, path = entry["Key"], entry["Key"].removeprefix(prefix)
-        if {"", ".", ".."} & set(path.split("/")) or "\0" in path:
+        if not storage.is_below(path):
             raise ValueError(f"data.source={self.address} has the key {key!r}, which is no path of a file below it")
         return Item(key, path, entry["Size"], round(entry["LastModified"].timestamp() * 1000) * 10**6)
 

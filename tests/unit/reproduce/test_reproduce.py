@@ -26,9 +26,9 @@ MODEL = ("digits/model.width=4", "digits/evaluate.labels=200", "digits/evaluate.
 
 
 def counted(setting: Setting) -> Measured:
-    """How often it was called with which seed is left in its directory."""
-    setting.directory.mkdir(parents=True, exist_ok=True)
-    (setting.directory / f"call-{len(list(setting.directory.iterdir()))}").touch()
+    """How often it was called is left beside its own directory, which is removed."""
+    setting.directory.mkdir(parents=True)
+    (setting.directory.parent / f"call-{len(list(setting.directory.parent.glob('call-*')))}").touch()
     return Measured(
         {"a": Figure(0.5 + setting.seed / 10)}, f"seed {setting.seed}", {"chance, 1 in 1,000": {"a": Figure(0.1)}}
     )
@@ -88,6 +88,7 @@ def test_a_row_is_measured_once_for_each_seed_and_its_spread_is_over_seeds(tiny:
     assert (value, spread, of) == (pytest.approx(0.6), pytest.approx(0.1), "3 seeds")
     calls = list((home(tiny) / "reproduced" / "tiny" / "counted").rglob("call-*"))
     assert len(calls) == 3
+    assert sorted(path.suffix for path in calls[0].parent.iterdir() if path not in calls) == [".json"] * 3
     assert found["command"] == f"dcgan reproduce tiny counted --seeds 3 {tiny[0]}"
     assert found["hardware"]
     assert found["date"]
@@ -156,6 +157,18 @@ def test_a_run_of_an_older_version_names_no_commit_of_its_own(
     for file in (home(tiny) / "reproduced").rglob("*.json"):
         file.unlink()
     assert measure.one("tiny", "trained", words, seeds=1)["commit"] == "now"
+
+
+def test_a_record_names_the_hardware_that_trained(tiny: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(summary, "trained_on", lambda run: "8 x Another")
+    found = measure.one("tiny", "trained", (*tiny, *SMALL, *MODEL), seeds=1)
+    assert found["hardware"] == f"8 x Another, {summary.hardware(summary.environment())}"
+
+
+def test_more_neighbours_than_a_draw_has_labels_are_refused_before_training(tmp_path: Path) -> None:
+    setting = Setting((f"data.home={tmp_path}", "evaluate.neighbours=[1,2000]"), 0, tmp_path / "row")
+    with pytest.raises(ValueError, match=r"evaluate\.neighbours=2000, but a draw has only 1000 labels"):
+        svhn._on_features("knn_few_labels", svhn._knn, setting)
 
 
 def test_seeds_measured_with_other_code_are_said(tiny: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,6 +244,8 @@ def test_what_is_kept_is_read_back(tiny: tuple[str, ...]) -> None:
         (["quoted"], (), "quoted: not measured: another model"),
         ([], ("train.step=1",), "unknown key 'train.step', did you mean train.steps"),
         ([], ("cifar1/train.steps=1",), "'cifar1' is no preset, did you mean cifar10"),
+        ([], ("mnist/data.home=elsewhere",), "one home and one device for everything: give data.home=elsewhere"),
+        ([], ("mnist/compute.device=cpu",), "give compute.device=cpu"),
         ([], ("train.steps",), "not of the form"),
         ([], ("train.steps=0",), "train.steps=0"),
         ([], ("mnist/train.steps=0",), "train.steps=0"),
