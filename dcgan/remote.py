@@ -64,10 +64,14 @@ class Remote:
         raise AssertionError
 
     def sizes(self, path: str = "") -> dict[str, int]:
-        """Every object below `path`: its path relative to that, and its size in bytes; {} if there is none."""
+        """Every object below `path`: its path relative to that, and its size in bytes; {} if there is none.
+
+        A console's placeholder for a directory, whose name ends in a slash, is not one.
+        """
         root = self._at(path).rstrip("/")
         found = self._try("listing", path, lambda: self._fs.find(root, detail=True))
-        return {name.removeprefix(f"{root}/"): entry["size"] for name, entry in found.items()}
+        names = {name: name.removeprefix(f"{root}/") for name in found if not name.endswith("/")}
+        return {names[name]: found[name]["size"] for name in names}
 
     def read(self, path: str) -> bytes | None:
         """A small object's bytes, or None if it is not there."""

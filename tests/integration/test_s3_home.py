@@ -167,6 +167,7 @@ def test_a_run_is_gone_on_with_from_its_copy(server: s3.Store, tmp_path: Path) -
     there = Remote(URL)
     late = [name for name in there.sizes(f"runs/{first.name}/checkpoints") if name.startswith("4/")]
     there.remove(f"runs/{first.name}/checkpoints/{name}" for name in late)
+    server.put(f"bucket/team/runs/{first.name}/samples/", b"")  # a console's "new folder"
     shutil.rmtree(tmp_path / "a")
     again = stages.ingest(digits(tmp_path / "b"))
     assert again.name == first.name == alone.name
