@@ -211,8 +211,10 @@ def evaluate(run: Run, protocol: Protocol) -> dict[str, dict[str, float]]:
     if {key: known.get(key) for key in described} == described:
         return known["scores"]
     began = time.perf_counter()
-    classes = store.groups if protocol == "clustering" else store.labels
-    labels = {split: classes(split) for split in store.scored}
+    if protocol == "clustering":
+        labels = {split: store.groups(split) for split in store.clustered}
+    else:
+        labels = {split: store.labels(split) for split in store.scored}
     scores = {}
     for name in REPRESENTATIONS:
         splits = {split: (representation(run, name, split), labels[split]) for split in labels}

@@ -210,6 +210,11 @@ class Store:
         return tuple(split for split in ("train", "validation", "test") if self.classes and split in self.splits)
 
     @property
+    def clustered(self) -> tuple[str, ...]:
+        """The splits that are clustered: those that are scored, of Tiny ImageNet train alone, as was published."""
+        return ("train",) if self.dataset == "tiny_imagenet" else self.scored
+
+    @property
     def superclass_of(self) -> np.ndarray:
         """int64 (classes,): the superclass of each class; empty where there are none."""
         return np.array(self.manifest["superclass_of"], np.int64)

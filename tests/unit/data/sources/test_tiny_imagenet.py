@@ -80,6 +80,7 @@ def test_images_are_torchvisions_pixel_for_pixel(
     images = ImageFolder(str(tree / "train"), read)
     assert store.classes == tuple(images.classes) == tuple(sorted(WNIDS))
     assert store.labels("train").tolist() == images.targets
+    assert (store.scored, store.clustered) == (("train", "test"), ("train",))
     for image, (expected, _) in zip(store.images("train"), images, strict=True):
         np.testing.assert_array_equal(image, expected.numpy())
     assert [store.classes[label] for label in store.labels("test")] == [list(WNIDS)[int(n)] for n in VALIDATION]
