@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dcgan import storage, tracking
+from dcgan import storage
 from dcgan.remote import Remote, RemoteError, in_parallel
 
 log = logging.getLogger(__name__)
@@ -225,7 +225,7 @@ def _pull_run(remote: Remote, at: str, run: Path, there: Iterable[str], steps: s
     plain = [name for name in there if not name.startswith("checkpoints/") or name == "checkpoints/best.json"]
     for name in plain:
         if name != "experiment.json" and (content := remote.read(f"{at}/{name}")) is not None:
-            storage.write_bytes(run / name, tracking.copied(content) if name == "mlflow.json" else content)
+            storage.write_bytes(run / name, copied_ledger(content) if name == "mlflow.json" else content)
     for step in sorted(steps | _here(run)):
         own, other = run / "checkpoints" / str(step), f"{at}/checkpoints/{step}"
         manifest = remote.read(f"{other}/{storage.MANIFEST}")
@@ -237,6 +237,11 @@ def _pull_run(remote: Remote, at: str, run: Path, there: Iterable[str], steps: s
     content = remote.read(f"{at}/experiment.json")
     if content is not None:
         storage.write_bytes(run / "experiment.json", content)
+
+
+def copied_ledger(content: bytes) -> bytes:
+    """What another machine delivered to MLflow, as far as was copied here: it may have delivered more since."""
+    return json.dumps({**json.loads(content), "copied": True}).encode()
 
 
 @contextmanager

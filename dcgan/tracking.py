@@ -118,11 +118,6 @@ class Delivery:
     models: int = 0
 
 
-def copied(ledger: bytes) -> bytes:
-    """The content of a ledger's file as another machine has to take it over."""
-    return json.dumps({**json.loads(ledger), "copied": True}).encode()
-
-
 def milliseconds() -> int:
     return int(time.time() * 1000)
 
