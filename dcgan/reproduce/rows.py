@@ -194,9 +194,9 @@ def features(run: Run, protocol: config.Protocol, names: dict[str, str]) -> Meas
         for name, value in values.items()
         if name not in names.values() and name.rpartition("/")[2] in ("c", "neighbours")
     }
-    some = f"; {settings.labels:,} labels" if settings.labels and protocol in ("svm", "knn") else ""
     if protocol == "svm_few_labels":
-        some = f"; {settings.labels_per_class:,} labels per class in each draw"
+        chosen["labels per class"] = settings.labels_per_class
+    some = f"; {settings.labels:,} labels" if settings.labels and protocol in ("svm", "knn") else ""
     return Measured(
         cells.pop("discriminator"),
         scale(run) + some,
@@ -214,7 +214,7 @@ def merged(*parts: Measured) -> Measured:
             controls[control] = {**controls.get(control, {}), **figures}
     return Measured(
         {column: figure for part in parts for column, figure in part.figures.items()},
-        "; ".join(dict.fromkeys(piece for part in parts for piece in part.scale.split("; "))),
+        parts[0].scale,
         controls,
         {key: value for part in parts for key, value in part.choices.items()},
         tuple(dict.fromkeys(name for part in parts for name in part.runs)),

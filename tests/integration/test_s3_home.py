@@ -20,7 +20,7 @@ import pytest
 import s3
 import torch
 
-from dcgan import checkpoint, mirror, pictures, remote, stages, storage
+from dcgan import checkpoint, mirror, pictures, remote, stages, storage, tracking
 from dcgan.config import Data, Experiment, build
 from dcgan.data.ingest import ingest
 from dcgan.data.store import Store
@@ -169,6 +169,8 @@ def test_a_run_is_gone_on_with_from_its_copy(server: s3.Store, tmp_path: Path) -
     there.remove(f"runs/{first.name}/checkpoints/{name}" for name in late)
     server.put(f"bucket/team/runs/{first.name}/samples/", b"")  # a console's "new folder"
     shutil.rmtree(tmp_path / "a")
+    assert mirror.pull_run(tmp_path / "c" / "runs" / first.name, URL)
+    assert tracking.Ledger.load(tmp_path / "c" / "runs" / first.name / "mlflow.json").copied
     again = stages.ingest(digits(tmp_path / "b"))
     assert again.name == first.name == alone.name
     assert checkpoint.steps(again) == [2]

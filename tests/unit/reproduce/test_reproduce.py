@@ -16,9 +16,9 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from dcgan import checkpoint, config, reproduce, sampling, stages, storage, summary, tracking, tracking_rows
 from dcgan.data.store import Store
-from dcgan.evaluate import samples
+from dcgan.evaluate import EVALUATORS, samples
 from dcgan.evaluate.samples import NotConvergedError
-from dcgan.reproduce import TABLES, image_quality, measure, mnist, page, record, svhn
+from dcgan.reproduce import TABLES, clustering, image_quality, measure, mnist, page, record, svhn
 from dcgan.reproduce.rows import Column, Figure, Measured, Row, Setting, Table, check, features, home, merged
 
 SMALL = ("digits/train.steps=4", "digits/train.checkpoint_every=2", "digits/train.batch_size=32", "compute.workers=0")
@@ -163,6 +163,31 @@ def test_a_record_names_the_hardware_that_trained(tiny: tuple[str, ...], monkeyp
     monkeypatch.setattr(summary, "trained_on", lambda run: "8 x Another")
     found = measure.one("tiny", "trained", (*tiny, *SMALL, *MODEL), seeds=1)
     assert found["hardware"] == f"8 x Another, {summary.hardware(summary.environment())}"
+
+
+def test_only_the_splits_to_be_clustered_are(
+    tiny: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Store, "clustered", ("train",))
+    seen = []
+
+    def score(*arguments: Any) -> dict[str, float]:
+        seen.append((len(arguments[1]), len(arguments[3])))
+        return dict.fromkeys(clustering.NAMES.values(), 0.5)
+
+    monkeypatch.setattr(clustering.clustering, "score", score)
+    monkeypatch.setitem(EVALUATORS, "clustering", score)
+    setting = Digits((*tiny, *SMALL, *MODEL), 0, tmp_path / "row")
+    clustering._pixels("tiny_imagenet", setting)
+    clustering._features("tiny_imagenet", setting)
+    assert set(seen) == {(1412, 0)}
+    assert len(seen) == 4  # pixels; and of a run its discriminator, the same at random init, and pixels
+
+
+def test_how_many_labels_a_draw_has_is_said(tiny: tuple[str, ...], tmp_path: Path) -> None:
+    run = Digits((*tiny, *SMALL, *MODEL), 0, tmp_path / "row").extracted("digits")
+    found = features(run, "svm_few_labels", {"few": "svm_few_labels/accuracy"})
+    assert found.choices["labels per class"] == 5
 
 
 def test_more_neighbours_than_a_draw_has_labels_are_refused_before_training(tmp_path: Path) -> None:
