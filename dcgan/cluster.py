@@ -39,9 +39,7 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_AUTO_CONNECT": "0",  # or a thread of Ray Data that outlives its session starts its own Ray
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # workers stay in the working directory, so that relative paths hold
-    # Ray's background work slows workers that use every core. The controller polls them this often, and later more
-    # rarely (cluster_trainer.py); preemption is noticed by the worker's death.
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
+    # Ray's background work slows workers that use every core. Preemption is noticed by the worker's death.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",  # it would configure this process's loggers
@@ -49,6 +47,11 @@ ENVIRONMENT = {
     "RAY_enable_metrics_collection": "0",
     "REPORTER_UPDATE_INTERVAL_MS": "60000",  # the agent's reports, to a dashboard that is not there
     "RAY_memory_monitor_refresh_ms": "1000",  # 250 by default
+    "RAY_raylet_report_resources_period_milliseconds": "1000",  # 100 by default; changes are reported at once
+    "RAY_task_events_report_interval_ms": "0",  # each task's states, for a dashboard that is not there
+    "RAY_event_stats": "0",  # how long each handler in Ray's servers takes
+    "RAY_kill_idle_workers_interval_ms": "10000",  # 200 by default
+    "RAY_object_manager_timer_freq_ms": "2000",  # 100 by default; looks for objects asked of other nodes
     # Tune (cluster_search.py): no tables, no copies of results, Ctrl-C is ours; given a callback, it imports MLflow.
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -96,6 +99,7 @@ def scatter(
                 except (OSError, RuntimeError, *REPEATS) as error:  # Ray Data would wrap it beyond recognition
                     return {"result": None, "error": error}
 
+        check_nodes(function)
         most = min(concurrency or int(ray.cluster_resources()["CPU"]), len(jobs))
         gpus = int(use_gpu(Compute(workers=most, device=device), int(ray.cluster_resources().get("GPU", 0))))
         pool = ActorPoolStrategy(size=most, max_tasks_in_flight_per_actor=3)
@@ -104,6 +108,32 @@ def scatter(
             if row["error"] is not None:
                 raise row["error"]
             yield row["result"]
+
+
+def check_nodes(function: Callable[..., Any], cpus: int = 1, on_gpu: bool = False) -> None:
+    """Raise WorkerError if a node of an existing cluster, of those with so many CPUs, lacks the modules of `function`.
+
+    Ray itself would start a worker there again and again, and say nothing.
+    """
+    if started_here.is_set():
+        return
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    load, loads = ray.remote(num_cpus=0, max_retries=0)(lambda function: None), {}
+    for node in ray.nodes():
+        resources = node["Resources"]
+        if node["Alive"] and resources.get("CPU", 0) >= cpus and resources.get("GPU", 0) >= on_gpu:
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            loads[node["NodeManagerAddress"]] = load.options(scheduling_strategy=there).remote(function)
+    for address, loaded in loads.items():
+        try:
+            ray.get(loaded)
+        except (ray.exceptions.RaySystemError, ray.exceptions.RayTaskError) as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise WorkerError(f"the Ray node at {address} can't run this: {reason}") from error
+        except ray.exceptions.RayError as error:  # the node was lost meanwhile
+            log.warning("the Ray node at %s does not answer: %s", address, type(error).__name__)
 
 
 def use_gpu(compute: Compute, gpus: int) -> bool:

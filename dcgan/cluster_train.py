@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dcgan.cluster import WorkerError, prepare, session, started_here, use_gpu
+from dcgan.cluster import WorkerError, check_nodes, prepare, session, started_here, use_gpu
 from dcgan.config import Compute
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,8 @@ def launch(function: Callable[..., None], arguments: tuple, compute: Compute, ho
     If one dies or fails, all are stopped and restarted, up to `compute.max_failures` times, but not after an exception
     that a restart would only repeat; a death before all have started is counted separately. `name` is the run's name
     in Ray's views; Ray's files go to `home`/ray.
-    Raises WorkerError, or ValueError before any worker starts if Ray lacks the requested CPUs or GPUs.
+    Raises WorkerError, also if a node of the cluster can't load the function, or ValueError before any worker starts if
+    Ray lacks the requested CPUs or GPUs.
     """
     log.info("starting %d Ray worker%s", compute.workers, "" if compute.workers == 1 else "s")
     prepare()
@@ -94,6 +95,7 @@ def _trainer(
     ]
     on_gpus = use_gpu(compute, sum(gpus for _, gpus in nodes))
     cpus = _share(nodes, compute.workers, on_gpus)
+    check_nodes(function, cpus, on_gpus)
     if (free := ray.available_resources().get("CPU", 0)) < cpus * compute.workers and not started_here.is_set():
         log.warning("Ray has %d CPUs free of the %d wanted; training waits for them", free, cpus * compute.workers)
     return Trainer(

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dcgan.config import Model
-from dcgan.convolution import Conv2d, ConvTranspose2d
+from dcgan.convolution.modules import Conv2d, ConvTranspose2d
 
 INIT_STD = 0.02  # paper, section 4: weights ~ N(0, 0.02); the code draws BatchNorm's gamma from N(1, 0.02)
 SLOPE = 0.2  # paper, section 4: LeakyReLU's

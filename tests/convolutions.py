@@ -1,15 +1,15 @@
 """Convolutions of stride 2 in our ways beside PyTorch's.
 
-A way is a module (`dcgan.winograd`, `dcgan.im2col`), or the operations that it computes (`dcgan.strided`).
+A way is a module (`winograd`, `im2col`), or the operations that it computes (`strided`).
 """
 
 import torch
 import torch.nn.functional as F
 
-from dcgan import patches, subpixel
+from dcgan.convolution import patches, subpixel
+from dcgan.convolution.layer import Layer
+from dcgan.convolution.strided import Operations, Strided
 from dcgan.models import GEOMETRY
-from dcgan.strided import Operations, Strided
-from dcgan.winograd import Layer
 
 BY_SUBPIXEL = Operations(larger=subpixel.larger)
 BY_PATCHES = Operations(patches.smaller, patches.larger, patches.weight_gradient)

@@ -34,10 +34,15 @@ COMMAND = [sys.executable, "-c", START, "start", "--block", "--num-cpus=1", f"--
 class Node:
     """A node that runs until it is killed."""
 
-    def __init__(self, log: Path, *arguments: str) -> None:
+    def __init__(self, log: Path, *arguments: str, path: str = "") -> None:
         with log.open("w") as output:
             self.process = subprocess.Popen(
-                [*COMMAND, *arguments], stdin=subprocess.PIPE, stdout=output, stderr=output, start_new_session=True
+                [*COMMAND, *arguments],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                env=os.environ | {"PYTHONPATH": path},
             )
         deadline = time.monotonic() + STARTUP
         while "Ray runtime started" not in log.read_text():
@@ -65,16 +70,17 @@ class Nodes:
         port = self.address.partition(":")[2]
         self._start("--head", f"--port={port}", f"--temp-dir={sockets}", "--include-dashboard=false")
 
-    def add(self) -> Node:
-        return self._start(f"--address={self.address}")
+    def add(self, path: str = "") -> Node:
+        """path: its PYTHONPATH."""
+        return self._start(f"--address={self.address}", path=path)
 
-    def _start(self, *arguments: str) -> Node:
+    def _start(self, *arguments: str, path: str = "") -> Node:
         number = len(self.all)
         place, log = f"--node-ip-address=127.0.0.{number + 2}", self._directory / f"node-{number}.log"
         try:
-            node = Node(log, place, *arguments)
+            node = Node(log, place, *arguments, path=path)
         except AssertionError:  # `ray start` gives up after 30 s, which can't be set and a busy machine may exceed
-            node = Node(log, place, *arguments)
+            node = Node(log, place, *arguments, path=path)
         self.all.append(node)
         return node
 

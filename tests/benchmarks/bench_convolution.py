@@ -2,8 +2,8 @@
 
 A layer's convolution and gradients in turn, once with the weight gradient and once with that of the input alone: the
 ratio of median times. `winograd` is for wide layers on processors with AVX2: beside each ratio stands the one that
-`dcgan/convolution.py` expects and chooses by, whose constants are fitted to what this prints. `im2col` is for layers at
-the pixels there, `subpixel` for those on processors that multiply in bfloat16. Of wide layers on the latter, in
+`dcgan/convolution/modules.py` expects and chooses by, whose constants are fitted to this output. `im2col` is for layers
+at the pixels there, `subpixel` for those on processors that multiply in bfloat16. Of wide layers on the latter, in
 bfloat16, `weights` computes the weight gradients by patches, `patches` everything. Channels last.
 """
 
@@ -18,11 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dcgan import im2col, memory, patches, subpixel, winograd
-from dcgan.convolution import LIMIT, NARROW, _operations, winograd_time
+from dcgan import memory
+from dcgan.convolution import im2col, patches, subpixel, winograd
+from dcgan.convolution.layer import Layer
+from dcgan.convolution.modules import LIMIT, NARROW, _operations, winograd_time
+from dcgan.convolution.strided import Operations, Strided
 from dcgan.models import GEOMETRY
-from dcgan.strided import Operations, Strided
-from dcgan.winograd import Layer
 
 # images, channels of the larger map, of the smaller one, pixels of the larger one
 WIDE = [

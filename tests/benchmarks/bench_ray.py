@@ -5,7 +5,6 @@ afterwards the share of a processor that each takes. The second start has everyt
 """
 
 import argparse
-import os
 import subprocess
 import sys
 import tempfile
@@ -25,20 +24,18 @@ def idle(began: str, seconds: float) -> None:
 
 def start(home: Path, seconds: float) -> tuple[float, float, dict[str, float]]:
     """Seconds to the first line, processor seconds to there, and the share of a processor of each process after it."""
-    began, mark = home / "began", f"BENCH_RAY={home}"
-    name, _, value = mark.partition("=")
-    before = time.perf_counter()
+    began, before = home / "began", time.perf_counter()
     command = [sys.executable, __file__, "--home", str(home), "--seconds", str(seconds + 15)]
-    process = subprocess.Popen(command, env=os.environ | {name: value})
+    process = subprocess.Popen(command)
     while not began.exists():
         if process.poll() is not None:
             raise RuntimeError(f"Ray's driver ended with {process.returncode} before its worker began")
         time.sleep(0.02)
-    waited, spent = time.perf_counter() - before, sum(processor_seconds(mark).values())
+    waited, spent = time.perf_counter() - before, sum(processor_seconds(process.pid).values())
     time.sleep(5)  # what is left of starting
-    first, clock = processor_seconds(mark), time.perf_counter()
+    first, clock = processor_seconds(process.pid), time.perf_counter()
     time.sleep(seconds)
-    last, passed = processor_seconds(mark), time.perf_counter() - clock
+    last, passed = processor_seconds(process.pid), time.perf_counter() - clock
     process.wait()
     return waited, spent, {name: (last[name] - first.get(name, 0.0)) / passed for name in last}
 

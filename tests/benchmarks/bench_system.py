@@ -83,8 +83,8 @@ def new_game(run: Run, place: Place, ema: float) -> Game:
     return Game(*nets, settings, place)
 
 
-def bare(run: Run) -> None:
-    """The steps alone."""
+def loop(run: Run) -> Iterator[None]:
+    """The steps alone; yields after each."""
     memory.keep()
     place, settings, store = place_of(run), run.experiment.train, run.store()
     player = Player(new_game(run, place, 0.0), run.experiment.compute.graph)
@@ -92,7 +92,13 @@ def bare(run: Run) -> None:
     with closing(data.from_step(0)) as batches:
         for step, batch in zip(range(settings.steps), batches, strict=False):
             player.play(step, batch)
+            yield
     [value.item() for value in player.sums.values()]  # waits for the device
+
+
+def bare(run: Run) -> None:
+    for _ in loop(run):
+        pass
 
 
 def in_turns(run: Run, side: str, work: Callable[[Run], None]) -> None:
@@ -135,11 +141,8 @@ class Side:
         self.run, self.name, self.turns = run, name, 0
         os.mkfifo(run.path / f"{name}.pipe")
         self.pipe = os.open(run.path / f"{name}.pipe", os.O_RDWR)  # for writing, too: or it would end with each writer
-        self.mark = f"BENCH_SYSTEM={run.path}/{name}"
-        key, _, value = self.mark.partition("=")
         self.process = subprocess.Popen(
             [sys.executable, __file__, "--run", str(run.path), "--side", name],
-            env=os.environ | {key: value},
             start_new_session=True,  # the kernel hangs up a session that loses its shell while some of it is stopped
         )
 
@@ -163,28 +166,38 @@ class Side:
         os.close(self.pipe)
 
     def _signal(self, number: int) -> None:
-        for directory in processes(self.mark):
+        for process in family(self.process.pid):
             with suppress(ProcessLookupError):
-                os.kill(int(directory.name), number)
+                os.kill(process, number)
 
 
-def processes(mark: str) -> Iterator[Path]:
-    """The directories in /proc of the processes that were started with `mark`, NAME=value, in their environment."""
+def family(process: int) -> list[int]:
+    """A process and all that it and its children have started."""
+    children = defaultdict(list)
     for directory in Path("/proc").glob("[0-9]*"):
-        with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
-            if mark.encode() in (directory / "environ").read_bytes().split(b"\0"):
-                yield directory
+        with suppress(FileNotFoundError, ProcessLookupError):
+            children[int(stat(directory)[1])].append(int(directory.name))
+    found = [process]
+    for one in found:
+        found += children[one]
+    return found
 
 
-def processor_seconds(mark: str) -> dict[str, float]:
-    """Processor time so far of the processes with `mark`, by name."""
+def stat(directory: Path) -> list[str]:
+    """The fields of a process's `stat` after its name: state, parent, ..."""
+    return (directory / "stat").read_text().rpartition(")")[2].split()
+
+
+def processor_seconds(process: int) -> dict[str, float]:
+    """Processor time so far of the process and its family, by name."""
     ticks = os.sysconf("SC_CLK_TCK")
     found: dict[str, float] = defaultdict(float)
-    for directory in processes(mark):
+    for one in family(process):
+        directory = Path("/proc", str(one))
         with suppress(FileNotFoundError, ProcessLookupError):
             words = (directory / "cmdline").read_text().split("\0")
             name = next((word for word in words[:3] if not word.startswith("-") and "python" not in word), words[0])
-            fields = (directory / "stat").read_text().rpartition(")")[2].split()
+            fields = stat(directory)
             found[Path(name).name] += (int(fields[11]) + int(fields[12])) / ticks
     return found
 
@@ -274,13 +287,13 @@ def compare(home: Path, size: int, steps: int, device: str) -> dict[str, Any]:
             sides.append(Side(run, name))
             stack.callback(sides[-1].close)
             turns[name] = [sides[-1].turn()]
-        before = processor_seconds(sides[1].mark)
+        before = processor_seconds(sides[1].process.pid)
         for _ in range(TURNS - 1):
             for side in sides:
                 turns[side.name].append(side.turn())
             print(f"{turns['bare'][-1]:.2f} s bare, {turns['system'][-1]:.2f} s system", flush=True)
         seconds = sum(turns["system"][1:])
-        after = processor_seconds(sides[1].mark)
+        after = processor_seconds(sides[1].process.pid)
     beside = {name: (spent - before.get(name, 0.0)) / seconds for name, spent in after.items()}
     return {"steps": steps, **turns, "beside": dict(sorted(beside.items(), key=lambda item: -item[1]))}
 

@@ -5,22 +5,26 @@ their core) and PASSIVE (they give it up): one process at a time, then three at 
 """
 
 import argparse
+import itertools
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
-from bench_system import Bare, make_store, open_run
+from bench_system import loop, make_store, open_run
 
 POLICIES: dict[str, dict[str, str]] = {"keep their core": {}, "PASSIVE": {"OMP_WAIT_POLICY": "PASSIVE"}}
 
 
 def play(home: Path, steps: int) -> None:
-    bare = Bare(open_run(home, 32, 1000, 0, "cpu"))
-    bare.turn(2)
-    print(*(1e3 * bare.turn(1) for _ in range(steps)))
+    steps_done, ends = loop(open_run(home, 32, 1000, 0, "cpu")), []
+    for _ in range(steps + 2):
+        next(steps_done)
+        ends.append(time.perf_counter())
+    print(*(1e3 * (after - before) for before, after in itertools.pairwise(ends[1:])))
 
 
 def together(home: Path, processes: int, steps: int, policy: dict[str, str]) -> list[float]:

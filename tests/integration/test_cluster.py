@@ -111,20 +111,19 @@ def test_a_local_ray_starts_nothing_that_training_does_not_need(tmp_path: Path) 
     assert json.loads((tmp_path / "actors").read_text()) == []
 
 
-@pytest.mark.parametrize(
-    ("running", "often", "seconds"), [(0, 1, 1), (60, 1, 1), (120, 1, 2), (9e4, 1, 4), (0, 20, 20)]
-)
-def test_workers_are_polled_the_more_rarely_the_longer_they_run(running: float, often: float, seconds: float) -> None:
-    from dcgan.cluster_trainer import Controller
+def test_a_worker_that_computes_is_hardly_ever_woken_up(ray_home: Path) -> None:
+    def count(file: str) -> None:
+        def wakings() -> int:
+            status = Path(f"/proc/self/task/{os.getpid()}/status").read_text()  # of the main thread; this is another
+            return int(status.partition("\nvoluntary_ctxt_switches:")[2].split()[0])
 
-    class Workers:
-        def poll_status(self, timeout: float) -> float:
-            return timeout
+        time.sleep(1)  # until the first poll
+        before = wakings()
+        time.sleep(3)
+        Path(file).write_text(str(wakings() - before))
 
-    controller = Controller.__new__(Controller)
-    controller._began, controller._often = time.monotonic() - running, often
-    controller._latest_poll_time, controller._worker_group = -1e9, Workers()
-    assert asyncio.run(controller._poll_workers()) == pytest.approx(seconds, abs=0.5)
+    cluster_train.launch(count, (str(ray_home / "wakings"),), Compute(device="cpu"), ray_home, "quiet")
+    assert int((ray_home / "wakings").read_text()) < 30  # Ray alone: 300
 
 
 def test_a_notebook_whose_thread_runs_an_event_loop_can_train(ray_home: Path) -> None:
@@ -254,6 +253,39 @@ def test_two_workers_on_two_nodes_train_what_they_train_on_one(home: Path, tmp_p
     )
     assert ours == theirs
     assert [line["step"] for line in ours] == [1, 2, 3, 4]
+
+
+def test_a_node_that_lacks_our_modules_is_named_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Without:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.partition('.')[0] == 'dcgan':\n"
+        "            raise ModuleNotFoundError(f'No module named {name!r}')\n"
+        "sys.meta_path.insert(0, Without())\n"
+    )
+    program = f"""
+        from pathlib import Path
+        from dcgan import cluster, cluster_train, features
+        from dcgan.config import Compute
+        for work in (
+            lambda: cluster_train.launch(features.extract, (), Compute(device="cpu"), Path({str(tmp_path)!r}), "lost"),
+            lambda: list(cluster.scatter(features.extract, ["job"], Path({str(tmp_path)!r}))),
+        ):
+            try:
+                work()
+            except cluster.WorkerError as error:
+                print(error)
+    """
+    with ray_nodes.cluster(tmp_path) as nodes:
+        nodes.add(path=str(tmp_path))
+        told = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE, text=True, check=True
+        ).stdout.splitlines()
+    assert len(told) == 2
+    for line in told:
+        assert line.startswith("the Ray node at 127.0.0.3 can't run this: "), line
+        assert line.endswith("No module named 'dcgan'"), line
 
 
 def test_no_job_starts_nothing(tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ import pytest
 import torch
 from convolutions import on_processor, recorded, recorded_operations
 
-from dcgan import convolution, models, patches, subpixel, winograd
+from dcgan import models
 from dcgan.config import Model, Train
+from dcgan.convolution import modules, patches, subpixel, winograd
 from dcgan.data.batches import Batches
 from dcgan.distributed import Place
 from dcgan.player import Player
@@ -68,7 +69,7 @@ def test_losses_are_those_of_the_plain_step(digits_store, settings, first):
 def test_losses_by_winograds_filtering_are_those_of_the_plain_step(digits_store, monkeypatch):
     """In every layer of stride 2, however narrow."""
     on_processor(monkeypatch, "AVX2")
-    monkeypatch.setattr(convolution, "LIMIT", float("inf"))
+    monkeypatch.setattr(modules, "LIMIT", float("inf"))
     calls = recorded(monkeypatch, winograd)
     expected, got = np.array(json.loads(FILE.read_text())), play(digits_store, memory_format="channels_last")
     np.testing.assert_allclose(got[:10], expected[:10], rtol=1e-3)
@@ -85,7 +86,7 @@ def test_losses_where_bfloat16_is_fast_are_those_of_the_plain_step(
 ):
     """Images by sub-pixel convolution; of the other layers, weight gradients by patches, or with AMX everything."""
     on_processor(monkeypatch, processor)
-    monkeypatch.setattr(convolution, "WIDE", 1)
+    monkeypatch.setattr(modules, "WIDE", 1)
     calls, products = recorded_operations(monkeypatch, subpixel), recorded_operations(monkeypatch, patches)
     expected = np.array(json.loads(FILE.read_text()))
     got = play(digits_store, precision=precision, memory_format="channels_last")

@@ -48,11 +48,6 @@ LAYERS: list[set[str]] = [
         "dcgan.settings",
         "dcgan.config",
         "dcgan.convolution",
-        "dcgan.im2col",
-        "dcgan.patches",
-        "dcgan.strided",
-        "dcgan.subpixel",
-        "dcgan.winograd",
         "dcgan.memory",
         "dcgan.models",
         "dcgan.numerics",
@@ -276,6 +271,16 @@ def test_importing_our_modules_reads_and_writes_nothing_and_brings_no_heavy_libr
     assert {"dcgan.stages", "dcgan.cli", "dcgan.train", "dcgan.features", "dcgan.tracking"} <= set(light)
     loaded = set(python(QUIET, str(ROOT), *light, cwd=tmp_path).split())
     assert not loaded & set(IMPORTERS) - _brought_by("torch", "numpy", "pydantic")
+
+
+def test_every_benchmark_finds_what_it_imports(tmp_path: Path) -> None:
+    scripts = sorted(file.stem for file in ROOT.glob("tests/benchmarks/*.py"))
+    assert "bench_step" in scripts
+    python(
+        f"import sys; sys.path.insert(0, sys.argv[1]); import {', '.join(scripts)}",
+        str(ROOT / "tests" / "benchmarks"),
+        cwd=tmp_path,
+    )
 
 
 def heavy_modules() -> set[str]:

@@ -4,9 +4,10 @@ import pytest
 import torch
 from convolutions import on_processor, recorded
 
-from dcgan import im2col, models
+from dcgan import models
 from dcgan.config import Model
-from dcgan.convolution import Conv2d, ConvTranspose2d
+from dcgan.convolution import im2col
+from dcgan.convolution.modules import Conv2d, ConvTranspose2d
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dcgan.winograd import Layer
+from dcgan.convolution.layer import Layer, empty, rows_of
 
 
 class Convolution(torch.autograd.Function):
@@ -68,11 +68,6 @@ def _matrix(weight: Tensor, layer: Layer) -> Tensor:
     return layer.pairs(weight).reshape(len(weight), -1)
 
 
-def rows_of(small: Tensor) -> Tensor:
-    """(N, C, h, w) to (N h w, C), a view if it is channels last."""
-    return small.permute(0, 2, 3, 1).reshape(-1, small.shape[1])
-
-
 def _maps(patches: Tensor, matrix: Tensor, layer: Layer) -> Tensor:
     """The product, (N, C, h, w)."""
     count = len(patches) // (layer.height * layer.width)
@@ -108,8 +103,3 @@ def _spread(rows: Tensor, layer: Layer) -> Tensor:
     out = empty(rows, len(parts), pixels.shape[-1], 2 * height, 2 * width)
     out.permute(0, 2, 3, 1).copy_(pixels[:, before : before + 2 * height, before : before + 2 * width])
     return out
-
-
-def empty(like: Tensor, *size: int) -> Tensor:
-    """A tensor that is not a view of another, so that what follows may work in place."""
-    return torch.empty(size, dtype=like.dtype, memory_format=torch.channels_last)

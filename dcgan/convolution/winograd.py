@@ -6,7 +6,7 @@ size: r = 2 for kernels of 3 and 4, 3 for those of 5. Tiles of m x m outputs are
 products of matrices. The three gradients are those of the same bilinear form, so everything here is one of four maps
 (to tiles and from tiles, of the larger and of the smaller side) around a product.
 
-In memory a batch is (N, H, W, C), "channels last". It is processed in parts whose tiles stay in the processor's cache.
+A batch is processed in parts whose tiles stay in the processor's cache.
 """
 
 from collections.abc import Iterator
@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from dcgan.convolution.layer import Layer
 
 M = 4  # outputs per side of a tile; larger tiles lose more precision in float32, and divide fewer maps evenly
 POINTS = {2: (0, 1, -1, 2), 3: (0, 1, -1, 2, -2)}  # where the polynomials are evaluated, besides infinity
@@ -43,22 +45,8 @@ def form(r: int, dtype: torch.dtype) -> Form:
     return Form(*(torch.kron(side, side).to(dtype) for side in sides))
 
 
-class Layer(NamedTuple):
-    """The geometry of a convolution from a larger map (N, D, 2h, 2w) to a smaller one (N, C, h, w)."""
-
-    kernel: int
-    padding: int
-    height: int  # h
-    width: int  # w
-
-    @property
-    def output_padding(self) -> int:
-        """Of the transposed convolution, so that it doubles the map."""
-        return 2 + 2 * self.padding - self.kernel
-
-    @property
-    def r(self) -> int:
-        return (self.kernel + 1) // 2
+class Tiled(Layer):
+    """A layer whose maps are cut into tiles, n x n pairs of pixels of the larger for M x M of the smaller."""
 
     @property
     def n(self) -> int:
@@ -67,16 +55,6 @@ class Layer(NamedTuple):
     @property
     def tiles(self) -> tuple[int, int]:
         return -(-self.height // M), -(-self.width // M)
-
-    def pairs(self, weight: Tensor) -> Tensor:
-        """(C, D, kernel, kernel) to (C, r, 2, r, 2, D), an odd kernel padded with zeros at its end."""
-        more, r, (count, channels) = 2 * self.r - self.kernel, self.r, weight.shape[:2]
-        return F.pad(weight.permute(0, 2, 3, 1), (0, 0, 0, more, 0, more)).view(count, r, 2, r, 2, channels)
-
-    def kernels(self, pairs: Tensor) -> Tensor:
-        """The transpose of `pairs`."""
-        pixels = pairs.reshape(len(pairs), 2 * self.r, 2 * self.r, -1)
-        return pixels[:, : self.kernel, : self.kernel].permute(0, 3, 1, 2)
 
     def weights(self, weight: Tensor) -> Tensor:
         """(C, D, kernel, kernel) to (C, n^2, 4 D): G w."""
@@ -171,10 +149,11 @@ class Transposed(torch.autograd.Function):
 
 
 def _forward(ctx: Any, x: Tensor, weight: Tensor, layer: Layer, to_large: bool) -> Tensor:
-    weights = layer.weights(weight)
-    out = _empty(x, weights, layer, to_large)
-    kept = [tiles for tiles in _parts(x, weights, layer, to_large, out) if ctx.needs_input_grad[1]]
-    ctx.layer, ctx.to_large = layer, to_large
+    tiled = Tiled(*layer)
+    weights = tiled.weights(weight)
+    out = _empty(x, weights, tiled, to_large)
+    kept = [tiles for tiles in _parts(x, weights, tiled, to_large, out) if ctx.needs_input_grad[1]]
+    ctx.layer, ctx.to_large = tiled, to_large
     ctx.save_for_backward(weights, *kept)
     return out
 
@@ -192,7 +171,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None,
     return out, None if total is None else layer.weight_gradient(total.transpose(0, 1)), None
 
 
-def _parts(x: Tensor, weights: Tensor, layer: Layer, to_large: bool, out: Tensor | None) -> Iterator[Tensor]:
+def _parts(x: Tensor, weights: Tensor, layer: Tiled, to_large: bool, out: Tensor | None) -> Iterator[Tensor]:
     """Write the convolution of x (if `to_large`, its transpose) into `out` if given; yields the tiles of x by parts."""
     pixels = _pixels(x)
     for part in layer.parts(len(x), weights.shape[2] // 4, x.itemsize):

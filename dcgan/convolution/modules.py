@@ -1,10 +1,10 @@
 """Computes the nets' convolutions in other ways than the library where that makes training on a CPU faster.
 
 Which way is used depends on the processor. Where it does not multiply in bfloat16, float32 layers with many channels
-use Winograd's filtering (`dcgan/winograd.py`), and those at the pixels, with few, one product over patches
-(`dcgan/im2col.py`). Where it does, with AVX-512 BF16 or AMX, the library's kernels are better, except for some
-operations: images and their gradients are computed as sub-pixel convolutions (`dcgan/subpixel.py`), and in bfloat16 the
-weight gradients of some layers, with AMX everything of some, as products over patches (`dcgan/patches.py`).
+use Winograd's filtering (`winograd.py`), and those at the pixels, with few, one product over patches
+(`im2col.py`). Where it does, with AVX-512 BF16 or AMX, the library's kernels are better, except for some
+operations: images and their gradients are computed as sub-pixel convolutions (`subpixel.py`), and in bfloat16 the
+weight gradients of some layers, with AMX everything of some, as products over patches (`patches.py`).
 
 A conditional net feeds labels to each layer as constant maps; here those maps are never built, because what a label
 adds is the same for all images. Everything else is left to the library, and results agree up to rounding.
@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dcgan import im2col, patches, subpixel, winograd
+from dcgan.convolution import im2col, patches, subpixel, winograd
+from dcgan.convolution.layer import Layer
+from dcgan.convolution.strided import Operations, Strided
 from dcgan.numerics import multiplies_bfloat16
-from dcgan.strided import Operations, Strided
-from dcgan.winograd import Layer
 
 # Which layers in bfloat16 are products over patches. With AVX-512 BF16 alone, the weight gradients of those with 256 or
 # more channels in the smaller map: with 128, making patches costs as much as the product. With AMX, where the smaller
@@ -157,8 +157,9 @@ def winograd_time(images: int, weight: Tensor, layer: Layer) -> float:
     """Expected time of the layer's convolution and gradients by Winograd's filtering, relative to the library's."""
     count, channels = weight.shape[:2]
     large, small, weights = TILES[weight.requires_grad]
-    tiles = layer.tiles[0] * layer.tiles[1]
-    products = 4 * layer.n**2 * tiles * (1 + large / count + small / channels + weights / (images * tiles))
+    tiled = winograd.Tiled(*layer)
+    tiles = tiled.tiles[0] * tiled.tiles[1]
+    products = 4 * tiled.n**2 * tiles * (1 + large / count + small / channels + weights / (images * tiles))
     return products / (layer.height * layer.width * layer.kernel**2)
 
 

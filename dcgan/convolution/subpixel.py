@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dcgan.winograd import Layer
+from dcgan.convolution.layer import Layer
 
 
 def larger(small: Tensor, weight: Tensor, layer: Layer) -> Tensor:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dcgan.winograd import Layer
+from dcgan.convolution.layer import Layer
 
 
 def smaller(large: Tensor, weight: Tensor, layer: Layer) -> Tensor:

@@ -5,9 +5,10 @@ import torch
 from convolutions import beside_float64, on_processor, recorded
 from torch import nn
 
-from dcgan import convolution, models, winograd
+from dcgan import models
 from dcgan.config import Model
-from dcgan.convolution import Conv2d, ConvTranspose2d
+from dcgan.convolution import modules, winograd
+from dcgan.convolution.modules import Conv2d, ConvTranspose2d
 
 
 @pytest.mark.parametrize("kernel", [3, 4, 5])
@@ -44,7 +45,7 @@ def layers(size, width=64):
 
 def chosen(module, x):
     height, width = (s // 2 for s in x.shape[2:]) if isinstance(module, nn.Conv2d) else x.shape[2:]
-    return convolution._by_winograd(x, module.weight, convolution._layer(module, height, width))
+    return modules._by_winograd(x, module.weight, modules._layer(module, height, width))
 
 
 @pytest.mark.parametrize("size", [32, 64])
@@ -64,7 +65,7 @@ def test_a_layer_between_wide_maps_uses_it_for_the_gradient_of_its_input_alone_t
 def test_it_is_not_used_without_a_gradient_nor_in_other_numbers_nor_in_another_format_nor_where_bfloat16_is_fast(
     monkeypatch,
 ):
-    monkeypatch.setattr(convolution, "LIMIT", float("inf"))
+    monkeypatch.setattr(modules, "LIMIT", float("inf"))
     conv, x = Conv2d(8, 16, 4, 2, 1, bias=False).to(memory_format=torch.channels_last), torch.randn(4, 8, 8, 8)
     assert chosen(conv, x)
     with torch.no_grad():
@@ -81,7 +82,7 @@ def test_it_is_not_used_without_a_gradient_nor_in_other_numbers_nor_in_another_f
 
 
 def test_the_modules_use_it_where_it_fits(used, monkeypatch):
-    monkeypatch.setattr(convolution, "LIMIT", float("inf"))
+    monkeypatch.setattr(modules, "LIMIT", float("inf"))
     x = torch.randn(2, 8, 8, 8)
 
     def play(module, x):

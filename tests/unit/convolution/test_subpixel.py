@@ -4,8 +4,9 @@ import pytest
 import torch
 from convolutions import BY_SUBPIXEL, beside_float64, on_processor, recorded_operations
 
-from dcgan import models, subpixel
+from dcgan import models
 from dcgan.config import Model
+from dcgan.convolution import subpixel
 
 
 @pytest.fixture

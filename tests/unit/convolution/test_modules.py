@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from convolutions import BY_PATCHES, beside_float64, on_processor, recorded_operations, with_gradients
 from torch import nn
 
-from dcgan import convolution, models, patches
+from dcgan import models
 from dcgan.config import Model
-from dcgan.convolution import Conv2d, ConvTranspose2d
+from dcgan.convolution import modules, patches
+from dcgan.convolution.modules import Conv2d, ConvTranspose2d
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -105,7 +106,7 @@ def test_with_avx512_they_are_used_as_far_as_they_were_measured(used, monkeypatc
     on_processor(monkeypatch, "AVX-512 BF16")
     layer, x = Conv2d(8, 256, 4, 2, 1, bias=False).to(memory_format=torch.channels_last), torch.randn(5, 8, 8, 8)
     for most in (5 * 16 * 8 * 16 * 2 - 1, 5 * 16 * 8 * 16 * 2):
-        monkeypatch.setattr(convolution, "PATCHES", most)
+        monkeypatch.setattr(modules, "PATCHES", most)
         assert not used
         with torch.autocast("cpu", torch.bfloat16):
             layer(x).sum().backward()

@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dcgan.im2col import empty, rows_of
-from dcgan.winograd import Layer
+from dcgan.convolution.layer import Layer, empty, rows_of
 
 PART = 2**25  # bytes of patches at a time, to bound memory; 2**22 was slower, all at once hardly faster
 

@@ -7,8 +7,8 @@ from convolutions import BY_PATCHES, BY_SUBPIXEL, case, with_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dcgan import im2col, patches, winograd
-from dcgan.strided import Operations
+from dcgan.convolution import im2col, patches, winograd
+from dcgan.convolution.strided import Operations
 
 WAYS = {
     "winograd": winograd,
