@@ -11,7 +11,7 @@ import os
 import secrets
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,13 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_json(path: Path, value: Any) -> None:
     """`write_bytes` of `dump_json(value)`."""
     write_bytes(path, dump_json(value).encode())
+
+
+def once(path: Path, work: Callable[[], Any]) -> Any:
+    """The JSON value in `path`; if there is no such file, first what `work()` returns is written there."""
+    if not path.is_file():
+        write_json(path, work())
+    return json.loads(path.read_bytes())
 
 
 @contextmanager

@@ -8,9 +8,9 @@ that is killed here resumes with the same groups.
 """
 
 import itertools
-import json
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ SHOWN = 50  # groups on the sheet
 
 def prune(directory: Path, jobs: Sequence[Job]) -> int:
     """Keep one image of each group of near-duplicates in these jobs' shards, in order; returns the number removed."""
-    found = _groups(directory / FOLDER, jobs)
+    folder = directory / FOLDER
+    found = storage.once(folder / "groups.json", partial(_groups, folder, jobs))
     removed = np.array(sorted(row for group in found["groups"] for row in group[1:]), np.int64)
     starts = np.cumsum([0, *found["counts"]])
     for job, start, stop in zip(jobs, starts[:-1], starts[1:], strict=True):
@@ -41,20 +42,14 @@ def prune(directory: Path, jobs: Sequence[Job]) -> int:
 
 
 def _groups(folder: Path, jobs: Sequence[Job]) -> dict[str, Any]:
-    """`groups` of rows over all shards as first made, and `counts` of the images in each; found once."""
-    file = folder / "groups.json"
-    if file.exists():
-        read: dict[str, Any] = json.loads(file.read_bytes())
-        return read
+    """`groups` of rows over all shards as first made, and `counts` of the images in each."""
     arrays = [np.load(job.path, mmap_mode="r") for job in jobs]
     groups = dedup.find(arrays)
     removed, total = sum(len(group) - 1 for group in groups), sum(map(len, arrays))
     log.info("near-duplicates: %d of %d images, in %d groups", removed, total, len(groups))
     if groups:
         pictures.write_png(folder / "sheet.png", dedup.sheet(arrays, groups, SHOWN))
-    found = {"groups": groups, "counts": [len(array) for array in arrays]}
-    storage.write_json(file, found)
-    return found
+    return {"groups": groups, "counts": [len(array) for array in arrays]}
 
 
 def _rewrite(job: Job, record: dict[str, Any], keep: np.ndarray) -> None:

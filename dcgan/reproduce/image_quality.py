@@ -1,6 +1,5 @@
 """Image quality on CIFAR-10, with and without labels: Inception score, FID, KID, precision and recall."""
 
-import json
 from functools import partial
 from pathlib import Path
 
@@ -54,14 +53,8 @@ def _measure(conditional: bool, setting: Setting) -> Measured:
 
 def _calibration(setting: Setting, images: np.ndarray, weights: Path) -> image_quality.Calibration:
     """The weights' calibration, measured once for all rows and kept."""
-    file = setting.directory.parent.parent / "calibration.json"
-    if file.is_file():
-        known: image_quality.Calibration = json.loads(file.read_text())
-        if known["weights_sha256"] == storage.sha256(weights):
-            return known
-    found = image_quality.calibrate(images, weights, device())
-    storage.write_json(file, found)
-    return found
+    file = setting.directory.parent.parent / f"calibration-{storage.sha256(weights)[:8]}.json"
+    return storage.once(file, partial(image_quality.calibrate, images, weights, device()))
 
 
 TABLE = Table(

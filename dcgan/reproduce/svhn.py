@@ -4,7 +4,6 @@
 `svm.score_few_labels`; k nearest neighbours and the transductive SVM get the same draws.
 """
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -84,17 +83,23 @@ def _on_features(name: str, scorer: Scorer, setting: Setting) -> Measured:
     run = setting.extracted("svhn", DRAWS)
     store, settings = run.scored_store(), run.experiment.evaluate
     labels = {split: store.labels(split) for split in store.scored}
+    chosen = checkpoint_rule(run)
+
+    def score(source: str) -> dict[str, float]:
+        banks = {split: stages.representation(run, source, split) for split in labels}
+        return scorer(settings, banks, labels)
+
     found = {}
     for source in ("discriminator", "random_init"):
-        banks = {split: stages.representation(run, source, split) for split in labels}
-        found[source] = _error(scorer(settings, banks, labels), name, settings.draws)
+        file = setting.directory / f"{digest([source, run.name, chosen])}.json"
+        found[source] = _error(storage.once(file, partial(score, source)), name, settings.draws)
     words = f"{scale(run)}; {_labels(settings.labels_per_class)}"
-    choices = {f"{source} {key}": value for source, (_, chosen) in found.items() for key, value in chosen.items()}
+    choices = {f"{source} {key}": value for source, (_, values) in found.items() for key, value in values.items()}
     return Measured(
         found["discriminator"][0],
         words,
         {"random init": found["random_init"][0]},
-        {**choices, "checkpoint": checkpoint_rule(run)},
+        {**choices, "checkpoint": chosen},
         (run.name,),
     )
 
@@ -156,11 +161,7 @@ def _one_by_one(
     directory: Path, function: Callable[[dict[str, Any]], dict[str, Any]], trials: Sequence[dict[str, Any]]
 ) -> Iterator[dict[str, Any]]:
     """The search without Ray; each result is kept where `cluster_search` keeps it."""
-    for trial in trials:
-        file = directory / f"{digest(trial)}.json"
-        if not file.is_file():
-            storage.write_json(file, function(trial))
-        yield json.loads(file.read_text())
+    return (storage.once(directory / f"{digest(trial)}.json", partial(function, trial)) for trial in trials)
 
 
 def _labels(per_class: int) -> str:

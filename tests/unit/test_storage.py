@@ -139,6 +139,13 @@ def test_write_bytes_keeps_the_old_content_when_it_fails(tmp_path: Path) -> None
     assert os.listdir(tmp_path) == ["value"]
 
 
+def test_a_value_is_computed_once_and_is_the_same_then_and_later(tmp_path: Path) -> None:
+    calls = []
+    for _ in range(2):
+        assert storage.once(tmp_path / "new" / "value", lambda: calls.append(1) or {"a": (1, 2)}) == {"a": [1, 2]}
+    assert calls == [1]
+
+
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.text(), lambda v: st.lists(v) | st.dictionaries(st.text(), v)

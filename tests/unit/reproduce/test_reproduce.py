@@ -17,6 +17,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from dcgan import checkpoint, config, reproduce, sampling, stages, storage, summary, tracking, tracking_rows
 from dcgan.data.store import Store
 from dcgan.evaluate import EVALUATORS, samples
+from dcgan.evaluate.published import PAPER, PUBLISHED
 from dcgan.evaluate.samples import NotConvergedError
 from dcgan.reproduce import TABLES, clustering, image_quality, measure, mnist, page, record, svhn
 from dcgan.reproduce.rows import Column, Figure, Measured, Row, Setting, Table, check, features, home, merged
@@ -194,6 +195,28 @@ def test_more_neighbours_than_a_draw_has_labels_are_refused_before_training(tmp_
     setting = Setting((f"data.home={tmp_path}", "evaluate.neighbours=[1,2000]"), 0, tmp_path / "row")
     with pytest.raises(ValueError, match=r"evaluate\.neighbours=2000, but a draw has only 1000 labels"):
         svhn._on_features("knn_few_labels", svhn._knn, setting)
+
+
+def test_a_row_on_features_goes_on_with_the_bank_that_failed(
+    tiny: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting = Digits((*tiny, *SMALL, *MODEL), 0, home(tiny) / "own")
+    monkeypatch.setattr(stages, "representation", lambda run, source, split: source)
+    seen = []
+
+    def score(settings: Any, banks: dict[str, Any], labels: dict[str, Any]) -> dict[str, float]:
+        seen.append(banks["test"])
+        if seen == ["discriminator", "random_init"]:
+            raise OSError("a full disk")
+        return {f"tsvm/{name}": 0.25 * len(seen) for name in ("accuracy", "accuracy_std", "validation_accuracy", "c")}
+
+    with pytest.raises(OSError, match="a full disk"):
+        svhn._on_features("tsvm", score, setting)
+    found = svhn._on_features("tsvm", score, setting)
+    assert seen == ["discriminator", "random_init", "random_init"]
+    assert found.figures["error"].value == 0.75
+    assert found.controls["random init"]["error"].value == 0.25
+    assert found.choices["discriminator c"] == 0.25
 
 
 def test_seeds_measured_with_other_code_are_said(tiny: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -482,15 +505,18 @@ def test_every_table_is_whole(name: str) -> None:
     assert measure.choose(name, [])
 
 
-def test_published_figures_are_those_of_the_reports(tmp_path: Path) -> None:
-    """The same figures stand in `evaluate.published`, for the page of a run."""
-    from dcgan.evaluate.published import PUBLISHED
-
-    rows = {name: {row.key: row.published for row in table.rows} for name, table in TABLES.items()}
-    assert rows["cifar10"]["dcgan_imagenet"]["accuracy"].value == PUBLISHED["cifar10"]["svm/accuracy"].value
-    assert rows["cifar10"]["dcgan_imagenet"]["few"].value == PUBLISHED["cifar10"]["svm_few_labels/accuracy"].value
-    error = rows["svhn"]["dcgan_svm"]["error"].value
-    assert 1 - error == pytest.approx(PUBLISHED["svhn"]["svm_few_labels/accuracy"].value)
+def test_published_figures_are_those_of_the_paper() -> None:
+    """Table 1 of Radford et al.: accuracy, and with 400 labels per class; table 2 stands in two places, as an error."""
+    published = {row.key: row.published for row in TABLES["cifar10"].rows if row.source == PAPER}
+    assert {key: (row["accuracy"].value, *row["few"][:2]) for key, row in published.items()} == {
+        "patch_kmeans_4800": (0.806, 0.637, 0.007),
+        "kmeans_3_layers": (0.820, 0.707, 0.007),
+        "view_invariant": (0.819, 0.726, 0.007),
+        "exemplar_cnn": (0.843, 0.774, 0.002),
+        "dcgan_imagenet": (0.828, 0.738, 0.004),
+    }
+    (svm,) = (row for row in TABLES["svhn"].rows if row.key == "dcgan_svm")
+    assert 1 - svm.published["error"].value == pytest.approx(PUBLISHED["svhn"]["svm_few_labels/accuracy"].value)
 
 
 def test_test_labels_decide_no_choice(tiny: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
