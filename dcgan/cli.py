@@ -56,7 +56,12 @@ def ingest(chosen: argparse.Namespace) -> None:
 
 
 def train(chosen: argparse.Namespace) -> None:
-    _train(find(chosen.target, chosen.overrides))
+    from dcgan import tracking
+
+    run = find(chosen.target, chosen.overrides)
+    _train(run)
+    if tracking.Ledger.load(run.path / "mlflow.json").status == "RUNNING":  # not where nothing was left to train
+        tracking.finish(run, "FINISHED")
 
 
 def extract(chosen: argparse.Namespace) -> None:

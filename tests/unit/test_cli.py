@@ -95,6 +95,15 @@ def test_the_same_command_finds_its_run_and_repeats_nothing(ran: SimpleNamespace
     assert len(list((home / "stores").glob("*/manifest.json"))) == 1
 
 
+def test_training_alone_is_shown_as_finished_and_not_again_when_nothing_is_left() -> None:
+    words = ("train", "digits", *TINY, "train.seed=7")
+    ledger = Path(dcgan(*words).out.split()[1], "mlflow.json")  # training <run>
+    first = json.loads(ledger.read_text())
+    assert first["status"] == "FINISHED"
+    assert dcgan(*words).code == 0
+    assert json.loads(ledger.read_text()) == first
+
+
 def test_ingest_names_the_store_and_the_run(ran: SimpleNamespace) -> None:
     images, run = dcgan("ingest", "digits", *TINY).out.splitlines()
     assert str(ran.run.store().path) in images
