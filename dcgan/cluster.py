@@ -39,24 +39,28 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_AUTO_CONNECT": "0",  # or a thread of Ray Data that outlives its session starts its own Ray
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # workers stay in the working directory, so that relative paths hold
-    # Ray's background work slows workers that use every core. Preemption is noticed by the worker's death.
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # preemption is noticed by the worker's death
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",  # it would configure this process's loggers
-    "RAY_worker_niceness": "0",  # by default workers yield to everything else that runs, Ray's own processes too
-    "RAY_enable_metrics_collection": "0",
-    "REPORTER_UPDATE_INTERVAL_MS": "60000",  # the agent's reports, to a dashboard that is not there
-    "RAY_memory_monitor_refresh_ms": "1000",  # 250 by default
-    "RAY_raylet_report_resources_period_milliseconds": "1000",  # 100 by default; changes are reported at once
-    "RAY_task_events_report_interval_ms": "0",  # each task's states, for a dashboard that is not there
-    "RAY_event_stats": "0",  # how long each handler in Ray's servers takes
-    "RAY_kill_idle_workers_interval_ms": "10000",  # 200 by default
-    "RAY_object_manager_timer_freq_ms": "2000",  # 100 by default; looks for objects asked of other nodes
     # Tune (cluster_search.py): no tables, no copies of results, Ctrl-C is ours; given a callback, it imports MLflow.
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+# And of a Ray that is started here, whose background work slows workers that use every core.
+LOCAL = {
+    "RAY_worker_niceness": "0",  # by default workers yield to everything else that runs, Ray's own processes too
+    "RAY_enable_metrics_collection": "0",
+    "REPORTER_UPDATE_INTERVAL_MS": "60000",  # the agent's reports, to a dashboard that is not there
+    "RAY_task_events_report_interval_ms": "0",  # nor are there any readers of each task's states
+    "RAY_memory_monitor_refresh_ms": "1000",  # 250 by default
+    "RAY_kill_idle_workers_interval_ms": "10000",  # 200 by default
+    "RAY_object_manager_timer_freq_ms": "2000",  # 100 by default; looks for objects that other nodes were asked for
+    "RAY_io_context_monitor_probe_interval_ms": "60000",  # how long Ray's servers take to answer themselves
+    # By default Ray's agents outlive a killed driver by a minute, waiting for a server that died with it. But a
+    # process also exits silently if the server takes longer than this to start: eight seconds were seen.
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "20",
 }
 
 
@@ -150,16 +154,13 @@ def use_gpu(compute: Compute, gpus: int) -> bool:
 
 def prepare() -> None:
     """Set the environment variables that Ray reads when it is imported."""
-    for key, value in ENVIRONMENT.items():
+    local = "RAY_ADDRESS" not in os.environ
+    for key, value in {**ENVIRONMENT, **(LOCAL if local else {})}.items():
         os.environ.setdefault(key, value)
-    if "RAY_ADDRESS" not in os.environ:
-        # By default Ray's agents outlive a killed driver by a minute, waiting for a server that died with it. But a
-        # process also exits silently if the server takes longer than this to start: eight seconds were seen.
-        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "20")
-        if os.environ.get("RAY_AUTH_MODE") != "token":
-            # This process's own token: by default Ray writes one to ~/.ray; without a token anyone who reaches this
-            # machine can run code, also where the user has switched it off for some cluster.
-            os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+    if local and os.environ.get("RAY_AUTH_MODE") != "token":
+        # This process's own token: by default Ray writes one to ~/.ray; without a token anyone who reaches this
+        # machine can run code, also where the user has switched it off for some cluster.
+        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
 
 
 @contextmanager
