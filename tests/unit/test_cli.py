@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from dcgan import cli, config, stages
+from dcgan import cli, commands, config, stages
 from dcgan.run import Run
 
 NO_SERVER = "http://127.0.0.1:9"  # the discard port: refused at once
@@ -112,15 +112,15 @@ def test_ingest_names_the_store_and_the_run(ran: SimpleNamespace) -> None:
 
 
 def test_a_run_is_found_by_name_and_by_path(ran: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert cli.find(ran.run.name, []) == cli.find(str(ran.run.path), []) == ran.run
+    assert commands.find(ran.run.name, []) == commands.find(str(ran.run.path), []) == ran.run
     monkeypatch.chdir(ran.run.path.parent)
     monkeypatch.setenv("DCGAN_HOME", "/nowhere")
-    assert cli.find(ran.run.name, []) == ran.run
+    assert commands.find(ran.run.name, []) == ran.run
 
 
 def test_of_a_run_only_compute_and_evaluate_can_be_changed(ran: SimpleNamespace, tmp_path: Path) -> None:
     copy = shutil.copytree(ran.run.path, tmp_path / "runs" / ran.run.name)
-    changed = cli.find(str(copy), ["evaluate.labels=100", "compute.max_failures=1"])
+    changed = commands.find(str(copy), ["evaluate.labels=100", "compute.max_failures=1"])
     assert (changed.experiment.evaluate.labels, changed.experiment.compute.max_failures) == (100, 1)
     assert Run.open(copy) == changed
     for word in ("evaluate.images=mnist", "evaluate.images_source=/elsewhere"):
@@ -172,13 +172,13 @@ def test_a_damaged_checkpoint_is_named_in_one_line(ran: SimpleNamespace, tmp_pat
 
 def test_a_run_in_use_is_named_in_one_line(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", NO_SERVER)
-    run = cli.find("digits", [*TINY, "train.seed=1"])
+    run = commands.find("digits", [*TINY, "train.seed=1"])
     with run.lock():
         assert refusal("train", str(run.path)).startswith(f"run {run.name} is being written by process ")
         for target in (run.name, "digits"):  # other settings are not recorded under who trains it
             own = [*TINY, "train.seed=1"] if target == "digits" else []
             assert f"{run.name} is being written by" in refusal("evaluate", target, *own, "evaluate.labels=100")
-        assert cli.find("digits", [*TINY, "train.seed=1"]) == run
+        assert commands.find("digits", [*TINY, "train.seed=1"]) == run
     assert Run.open(run.path) == run
 
 
@@ -242,7 +242,7 @@ def test_ctrl_c_says_that_the_same_command_goes_on(monkeypatch: pytest.MonkeyPat
 
 def test_help_lists_the_commands_and_presets() -> None:
     text = dcgan("--help").out
-    for word in (*cli.COMMANDS, "sample", "sync"):
+    for word in (*commands.STAGES, "sample", "sync"):
         assert f"\n    {word} " in text
     for preset in config.PRESETS:
         assert re.search(rf"^  {preset}  +{re.escape(config.summary(preset))}$", text, re.MULTILINE)
@@ -265,7 +265,7 @@ def test_the_run_file_stays_readable_by_others(ran: SimpleNamespace, tmp_path: P
     """Changing `evaluate` rewrites experiment.json; what else it records stays."""
     copy = shutil.copytree(ran.run.path, tmp_path / "runs" / ran.run.name)
     before = json.loads((copy / "experiment.json").read_text())
-    cli.find(str(copy), ["evaluate.seed=5"])
+    commands.find(str(copy), ["evaluate.seed=5"])
     after = json.loads((copy / "experiment.json").read_text())
     assert after["experiment"]["evaluate"].pop("seed") == 5
     assert before["experiment"]["evaluate"].pop("seed") == 0

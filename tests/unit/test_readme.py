@@ -101,7 +101,7 @@ def test_every_dcgan_command_is_accepted() -> None:
             measure.choose(chosen.table, [word for word in chosen.words if "=" not in word])
             rows.check([word for word in chosen.words if "=" in word])
     for name in re.findall(r"`dcgan (\w+)", README):
-        assert name in (*cli.COMMANDS, "sample", "sync", "data", "reproduce"), name
+        assert name in (*commands.STAGES, "sample", "sync", "data", "reproduce"), name
 
 
 def test_every_deployment_and_module_exists() -> None:

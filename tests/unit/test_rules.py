@@ -72,7 +72,7 @@ LAYERS: list[set[str]] = [
     {"dcgan.tracking*", "dcgan.report"},
     {"dcgan.stages"},
     {"dcgan.reproduce"},
-    {"dcgan.cli", "flows"},
+    {"dcgan.commands", "dcgan.cli", "flows"},
 ]
 # Modules that know only these of ours: a launcher of any function, and functions of arrays.
 KNOW_ONLY = {
