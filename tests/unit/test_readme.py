@@ -90,9 +90,9 @@ def test_every_make_target_exists() -> None:
 
 
 def test_every_dcgan_command_is_accepted() -> None:
-    commands = [line for line in blocks() if "dcgan" in line.split()[0]]
-    assert len(commands) >= 3
-    for line in commands:
+    lines = [line for line in blocks() if "dcgan" in line.split()[0]]
+    assert len(lines) >= 3
+    for line in lines:
         _, *words = shlex.split(line)
         chosen = cli._parser().parse_args(words)
         if "overrides" in chosen:
