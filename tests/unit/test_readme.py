@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dcgan import cli, config
+from dcgan import cli, commands, config
 from dcgan.reproduce import measure, rows
 
 ROOT = Path(__file__).parents[2]
