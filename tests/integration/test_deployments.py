@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray_nodes
 
 from dcgan import checkpoint, config
 from dcgan.reproduce import TABLES
@@ -135,6 +136,22 @@ def test_deployment_runs_to_the_end_and_is_in_mlflow(stack: Stack) -> None:
     ]
     (artifact,) = stack.post("artifacts/filter", {"artifacts": {"key": {"like_": "train-eval-%"}}})
     assert f"/runs/{ledger.run_id}" in artifact["data"]
+
+
+def test_one_variable_of_a_deployment_moves_it_to_a_cluster(stack: Stack, tmp_path: Path) -> None:
+    started = set(stack.home.glob("ray/session_*"))
+    with ray_nodes.cluster(tmp_path):
+        variables = {name: os.environ[name] for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
+        words = json.dumps([*SMALL, "train.seed=3", "compute.workers=1"])
+        done = stack.prefect(
+            *("deployment", "run", "train-eval/digits", "-p", f"overrides={words}", "--watch"),
+            *("--job-variable", f"env={json.dumps(variables)}"),
+        )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (run,) = (run for run in map(Run.open, stack.home.glob("runs/*")) if run.experiment.train.seed == 3)
+    assert checkpoint.steps(run) == [4]
+    assert set(run.scores()) == {"knn"}
+    assert set(stack.home.glob("ray/session_*")) == started, "a Ray of its own was started"
 
 
 def test_parameter_that_is_no_preset_is_refused_at_submission(stack: Stack) -> None:

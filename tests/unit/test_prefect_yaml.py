@@ -1,13 +1,14 @@
 """prefect.yaml against the flow that it deploys; Prefect itself drops a misspelt key without a word."""
 
 import importlib
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from prefect import Flow
-from prefect.cli.deploy._models import DeploymentConfig, PrefectYamlModel, WorkPoolConfig
+from prefect.cli.deploy._models import DeploymentConfig, PrefectYamlModel, RawScheduleConfig, WorkPoolConfig
 from prefect.client.schemas.actions import ArtifactCreate
 from prefect.exceptions import ParameterTypeError
 from pydantic import BaseModel
@@ -49,6 +50,19 @@ def test_every_key_is_one_that_prefect_reads() -> None:
 
 def test_misspelt_key_would_be_found() -> None:
     assert unknown({"paramters": {}, "name": "digits"}, DeploymentConfig) == {"paramters"}
+
+
+def test_the_schedule_and_the_cluster_of_the_readme_have_their_place() -> None:
+    readme = (ROOT / "README.md").read_text()
+    [line] = re.findall(r"^    (schedules: .+)$", readme, re.MULTILINE)
+    [schedule] = DeploymentConfig.model_validate({"name": "any", **yaml.safe_load(line)}).schedules or []
+    assert isinstance(schedule, RawScheduleConfig)
+    assert schedule.parameters is not None
+    assert config.build("folder", schedule.parameters["overrides"]).data.source
+    [line] = re.findall(r"^    (RAY_ADDRESS: .+)$", readme, re.MULTILINE)
+    text = (ROOT / "prefect.yaml").read_text().replace("        env:\n", f"        env:\n          {line}\n")
+    moved = [deployment["work_pool"]["job_variables"]["env"] for deployment in yaml.safe_load(text)["deployments"]]
+    assert all("RAY_ADDRESS" in env and "PREFECT_FLOWS_HEARTBEAT_FREQUENCY" in env for env in moved)
 
 
 def test_a_deployment_a_preset_each_named_after_it() -> None:
