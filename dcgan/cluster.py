@@ -27,6 +27,7 @@ OBJECT_STORE = 2**27  # bytes; no image and no tensor passes through Ray, whose 
 # Ray replaces 127.0.0.1 by the address of a network interface, which a laptop may lose. Its servers listen on all
 # interfaces whatever address they are given: the token keeps others out.
 LOOPBACK = "127.0.0.2"
+LOAD_SECONDS = 120  # for a node to start a process and import a module: seconds, minutes over a slow file system
 START_ATTEMPTS = 3  # Ray gives its own processes 15 s to start; the next attempt finds the libraries in memory
 SOCKET = len("/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store")  # bytes below its directory
 # Errors that a restart would only repeat.
@@ -48,7 +49,7 @@ ENVIRONMENT = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
-# And of a Ray that is started here, whose background work slows workers that use every core.
+# Of a Ray that is started here, whose background work slows workers that use every core; read when it is started.
 LOCAL = {
     "RAY_worker_niceness": "0",  # by default workers yield to everything else that runs, Ray's own processes too
     "RAY_enable_metrics_collection": "0",
@@ -79,7 +80,7 @@ def scatter(
 
     Jobs and results are pickled; both are small, large data goes through files. A job whose process dies is repeated.
     concurrency: most processes; None: one per CPU of the machine or cluster. device: as `compute.device`, decides
-    whether each has a GPU. Raises what `function` raised, and stops the other jobs.
+    whether each has a GPU. Raises what `function` raised, and stops the other jobs; WorkerError as `check_nodes` does.
     """
     if not jobs:
         return
@@ -103,9 +104,9 @@ def scatter(
                 except (OSError, RuntimeError, *REPEATS) as error:  # Ray Data would wrap it beyond recognition
                     return {"result": None, "error": error}
 
-        check_nodes(function)
         most = min(concurrency or int(ray.cluster_resources()["CPU"]), len(jobs))
         gpus = int(use_gpu(Compute(workers=most, device=device), int(ray.cluster_resources().get("GPU", 0))))
+        check_nodes(function, 1, bool(gpus))
         pool = ActorPoolStrategy(size=most, max_tasks_in_flight_per_actor=3)
         data = ray.data.from_items([{"job": job} for job in jobs], override_num_blocks=len(jobs))
         for row in data.map(Worker, num_cpus=1, num_gpus=gpus, compute=pool).iter_rows():
@@ -114,30 +115,38 @@ def scatter(
             yield row["result"]
 
 
-def check_nodes(function: Callable[..., Any], cpus: int = 1, on_gpu: bool = False) -> None:
-    """Raise WorkerError if a node of an existing cluster, of those with so many CPUs, lacks the modules of `function`.
+def check_nodes(function: Callable[..., Any], cpus: int, on_gpu: bool) -> None:
+    """Raise WorkerError if a node of an existing cluster that may run `function` lacks the modules of it.
 
-    Ray itself would start a worker there again and again, and say nothing.
+    Those with so many CPUs and, if `on_gpu`, a GPU. Ray itself would start a worker there again and again, and say
+    nothing.
     """
     if started_here.is_set():
         return
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    load, loads = ray.remote(num_cpus=0, max_retries=0)(lambda function: None), {}
-    for node in ray.nodes():
-        resources = node["Resources"]
-        if node["Alive"] and resources.get("CPU", 0) >= cpus and resources.get("GPU", 0) >= on_gpu:
-            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            loads[node["NodeManagerAddress"]] = load.options(scheduling_strategy=there).remote(function)
-    for address, loaded in loads.items():
+    load, loads = ray.remote(num_cpus=0, max_retries=0)(lambda function: None), []
+    for node in able(ray.nodes(), cpus, on_gpu):
+        there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        loads.append((node["NodeManagerAddress"], load.options(scheduling_strategy=there).remote(function)))
+    for address, loaded in loads:
         try:
-            ray.get(loaded)
+            ray.get(loaded, timeout=LOAD_SECONDS)
         except (ray.exceptions.RaySystemError, ray.exceptions.RayTaskError) as error:
             reason = str(error).strip().splitlines()[-1]
             raise WorkerError(f"the Ray node at {address} can't run this: {reason}") from error
-        except ray.exceptions.RayError as error:  # the node was lost meanwhile
+        except ray.exceptions.RayError as error:  # lost meanwhile, or busy
             log.warning("the Ray node at %s does not answer: %s", address, type(error).__name__)
+
+
+def able(nodes: Sequence[dict[str, Any]], cpus: int, on_gpu: bool) -> list[dict[str, Any]]:
+    """Of Ray's nodes those that live and have so many CPUs and, if `on_gpu`, a GPU."""
+    return [
+        node
+        for node in nodes
+        if node["Alive"] and node["Resources"].get("CPU", 0) >= cpus and node["Resources"].get("GPU", 0) >= on_gpu
+    ]
 
 
 def use_gpu(compute: Compute, gpus: int) -> bool:
@@ -154,7 +163,7 @@ def use_gpu(compute: Compute, gpus: int) -> bool:
 
 def prepare() -> None:
     """Set the environment variables that Ray reads when it is imported."""
-    local = "RAY_ADDRESS" not in os.environ
+    local = os.environ.get("RAY_ADDRESS", "local") == "local"
     for key, value in {**ENVIRONMENT, **(LOCAL if local else {})}.items():
         os.environ.setdefault(key, value)
     if local and os.environ.get("RAY_AUTH_MODE") != "token":

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dcgan import storage
-from dcgan.cluster import REPEATS, WorkerError, session
+from dcgan.cluster import REPEATS, WorkerError, check_nodes, session
 from dcgan.config import digest
 
 log = logging.getLogger(__name__)
@@ -26,7 +26,8 @@ def search(
     Settings and results are JSON, and a trial's settings determine its result: it is kept in `directory` under their
     digest, and a killed search resumes from what is there. A trial whose process dies is repeated, up to RETRIES times.
     One that fails has the result None, a warning says why, and the next search tries it again.
-    Raises WorkerError if all fail, or ValueError before any trial starts if Ray has no such GPU.
+    Raises WorkerError if all fail or a node of the cluster lacks the function's modules, or ValueError before any trial
+    starts if Ray has no such GPU.
     """
     files = [directory / f"{digest(trial)}.json" for trial in trials]
     missing = [trial for trial, file in zip(trials, files, strict=True) if not file.exists()]
@@ -50,6 +51,7 @@ def _tune(
 
     if gpus > ray.cluster_resources().get("GPU", 0):
         raise ValueError(f"a trial needs {gpus} of a GPU, and Ray has none: search on the CPU")
+    check_nodes(function, 1, gpus > 0)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the caller logs each failure in one line
 
     def attempt(config: Json) -> Json:

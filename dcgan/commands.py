@@ -27,8 +27,7 @@ def train(chosen: argparse.Namespace) -> None:
     from dcgan import tracking
 
     run = find(chosen.target, chosen.overrides)
-    _train(run)
-    if tracking.Ledger.load(run.path / "mlflow.json").status == "RUNNING":  # not where nothing was left to train
+    if _train(run):
         tracking.finish(run, "FINISHED")
 
 
@@ -105,14 +104,15 @@ def reproduce(chosen: argparse.Namespace) -> None:
     print(f"tables in {page}")
 
 
-def _train(run: Run) -> None:
+def _train(run: Run) -> bool:
     from dcgan import stages, summary, tables
 
     print(f"training {run.path}", flush=True)
-    stages.train(run, tables.Progress(run.experiment.train.steps, lambda line: print(line, flush=True)))
+    trained = stages.train(run, tables.Progress(run.experiment.train.steps, lambda line: print(line, flush=True)))
     for event in summary.events(run):
         print(f"warning, step {event['step']:,}: {event['message']}")
     print(f"trained to step {run.experiment.train.steps:,}; grids in {run.samples}")
+    return trained
 
 
 def _evaluate(run: Run) -> None:

@@ -25,8 +25,9 @@ LOOK = 1.0  # seconds between checks for the file, which take milliseconds over 
 def awaited(run: Run) -> Iterator[None]:
     """Have SIGTERM end the run's training, which the body waits for, and then do what it did before.
 
-    By default that is KeyboardInterrupt, as with Ctrl-C. A second SIGTERM, or GRACE seconds, ends the wait for the
-    checkpoint. Nothing changes where SIGTERM is ignored, or outside the main thread, where signals can't be handled.
+    By default that is KeyboardInterrupt, as with Ctrl-C. A second SIGTERM, or GRACE seconds, ends the body by
+    KeyboardInterrupt, whatever SIGTERM did before: other exceptions of a handler Ray prints and forgets while it waits
+    for workers. Nothing changes where SIGTERM is ignored, or outside the main thread, where signals can't be handled.
     """
     before = signal.getsignal(signal.SIGTERM)
     if threading.current_thread() is not threading.main_thread() or before in (signal.SIG_IGN, None):
@@ -40,9 +41,8 @@ def awaited(run: Run) -> Iterator[None]:
 
     def ask(*_: Any) -> None:
         if asked.is_set():  # Ray puts this handler back if SIGTERM arrives while it starts
-            act(signal.SIGTERM, None)
-            return
-        signal.signal(signal.SIGTERM, act)
+            raise KeyboardInterrupt
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         asked.set()
         file.touch()
         again.start()
@@ -50,6 +50,9 @@ def awaited(run: Run) -> Iterator[None]:
     signal.signal(signal.SIGTERM, ask)
     try:
         yield
+    except KeyboardInterrupt:
+        if not asked.is_set():  # Ctrl-C
+            raise
     finally:
         again.cancel()
         signal.signal(signal.SIGTERM, before)

@@ -81,8 +81,10 @@ def _by_ray(home: Path) -> Callable[[Callable[[Any], Any], Sequence[Any]], Itera
     return make
 
 
-def train(run: Run, progress: Progress | None = None) -> None:
+def train(run: Run, progress: Progress | None = None) -> bool:
     """Train the run to its last step, from the newest checkpoint; `progress` gets each metrics line as it appears.
+
+    Returns whether there was a step left to train.
 
     `compute.workers` Ray Train workers do it, or this process if that is 0. MLflow is kept up to date meanwhile.
     SIGTERM ends it with a checkpoint and KeyboardInterrupt, or what SIGTERM did before (`dcgan.preemption`).
@@ -97,7 +99,7 @@ def train(run: Run, progress: Progress | None = None) -> None:
         checkpoint.check_fits(newest, run)
         if int(newest.name) >= run.experiment.train.steps:
             _push(run)
-            return
+            return False
     with (
         mirror.follow(run.path, run.experiment.data.remote),
         tracking.follow(run),
@@ -111,6 +113,7 @@ def train(run: Run, progress: Progress | None = None) -> None:
 
                 cluster_train.launch(train_here, (str(run.path),), run.experiment.compute, run.home, run.name)
         _raise_if_it_ended_early(run)
+    return True
 
 
 def train_here(path: str) -> None:

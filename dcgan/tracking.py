@@ -202,11 +202,13 @@ def _record_environment(run: Run) -> None:
 
 def _follow(run: Run, stop: threading.Event) -> None:
     away, pause, delivered = False, SOON, None
+    wanted: dict[str, Any] = {"status": "RUNNING", "ended": None}  # once: whoever ends the run may do so meanwhile
     while True:
         last, found = stop.is_set(), _written(run)
         if last or found != delivered:  # an empty delivery costs as much as any other
             try:
-                with _courier(run, status="RUNNING", ended=None) as courier:
+                with _courier(run, **wanted) as courier:
+                    wanted = {}
                     courier.progress()
                     pause = EVERY if courier.delivery.metrics else pause
                 if away:

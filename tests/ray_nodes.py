@@ -20,6 +20,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from unittest import mock
 
+from dcgan import cluster as cluster_settings
+
+RECONNECT = {"RAY_gcs_rpc_server_reconnect_timeout_s": "20"}  # so that nothing outlives the head; see cluster.py
 STARTUP = 180  # seconds; ten on an idle machine
 # `ray start`, ended with all that it started by the end of its input: tests that are killed leave none behind.
 START = """
@@ -29,6 +32,12 @@ threading.Thread(target=lambda: (sys.stdin.read(), os.killpg(0, signal.SIGKILL))
 main()
 """
 COMMAND = [sys.executable, "-c", START, "start", "--block", "--num-cpus=1", f"--object-store-memory={2**27}"]
+
+
+def _environment(path: str) -> dict[str, str]:
+    """That of a node on a machine of its own: without what a local Ray in this process has been set to."""
+    kept = {name: value for name, value in os.environ.items() if name not in cluster_settings.LOCAL}
+    return {**kept, **RECONNECT, **({"PYTHONPATH": path} if path else {})}
 
 
 class Node:
@@ -42,7 +51,7 @@ class Node:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
-                env=os.environ | {"PYTHONPATH": path},
+                env=_environment(path),
             )
         deadline = time.monotonic() + STARTUP
         while "Ray runtime started" not in log.read_text():
@@ -91,10 +100,7 @@ def cluster(directory: Path) -> Iterator[Nodes]:
     # For good: a process goes on with the first token that it used, whatever its environment says later.
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    environment = {
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_gcs_rpc_server_reconnect_timeout_s": "20",  # so that nothing outlives the head for long; see cluster.py
-    }
+    environment = {"RAY_USAGE_STATS_ENABLED": "0", **RECONNECT}
     # Not in `directory`, whose name may be too long for the Unix sockets below it.
     with mock.patch.dict(os.environ, environment), tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as sockets:
         nodes = Nodes(directory, sockets)

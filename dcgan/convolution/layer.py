@@ -1,4 +1,4 @@
-"""The geometry of a stride-2 convolution or its transpose, and the memory that all ways to compute one share.
+"""The geometry of a stride-2 convolution or its transpose, and what several ways to compute one need.
 
 In memory a batch is (N, H, W, C), "channels last".
 """

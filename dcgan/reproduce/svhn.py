@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dcgan import cluster_search, stages, storage
+from dcgan import checkpoint, cluster_search, stages, storage, summary
 from dcgan.config import Evaluate, digest
 from dcgan.evaluate import knn, supervised, tsvm
 from dcgan.evaluate.published import PAPER
@@ -83,7 +83,7 @@ def _on_features(name: str, scorer: Scorer, setting: Setting) -> Measured:
     run = setting.extracted("svhn", DRAWS)
     store, settings = run.scored_store(), run.experiment.evaluate
     labels = {split: store.labels(split) for split in store.scored}
-    chosen = checkpoint_rule(run)
+    scored = [storage.fingerprint(checkpoint.chosen(run)), settings.model_dump(mode="json"), summary.commit()]
 
     def score(source: str) -> dict[str, float]:
         banks = {split: stages.representation(run, source, split) for split in labels}
@@ -91,7 +91,7 @@ def _on_features(name: str, scorer: Scorer, setting: Setting) -> Measured:
 
     found = {}
     for source in ("discriminator", "random_init"):
-        file = setting.directory / f"{digest([source, run.name, chosen])}.json"
+        file = setting.directory / f"{digest([source, *scored])}.json"
         found[source] = _error(storage.once(file, partial(score, source)), name, settings.draws)
     words = f"{scale(run)}; {_labels(settings.labels_per_class)}"
     choices = {f"{source} {key}": value for source, (_, values) in found.items() for key, value in values.items()}
@@ -99,7 +99,7 @@ def _on_features(name: str, scorer: Scorer, setting: Setting) -> Measured:
         found["discriminator"][0],
         words,
         {"random init": found["random_init"][0]},
-        {**choices, "checkpoint": chosen},
+        {**choices, "checkpoint": checkpoint_rule(run)},
         (run.name,),
     )
 

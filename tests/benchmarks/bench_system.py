@@ -172,7 +172,7 @@ class Side:
 
 
 def family(process: int) -> list[int]:
-    """A process and all that it and its children have started."""
+    """A process and all that it and its children have started, but for children of one that has ended."""
     children = defaultdict(list)
     for directory in Path("/proc").glob("[0-9]*"):
         with suppress(FileNotFoundError, ProcessLookupError):
@@ -198,7 +198,7 @@ def processor_seconds(process: int) -> dict[str, float]:
             words = (directory / "cmdline").read_text().split("\0")
             name = next((word for word in words[:3] if not word.startswith("-") and "python" not in word), words[0])
             fields = stat(directory)
-            found[Path(name).name] += (int(fields[11]) + int(fields[12])) / ticks
+            found[Path(name).name.partition(".")[0]] += (int(fields[11]) + int(fields[12])) / ticks
     return found
 
 

@@ -23,6 +23,7 @@ from dcgan.numerics import numerics
 from dcgan.summary import environment
 
 BEGIN, END = "<!-- measured: written by `make bench`, changed by hand in vain -->", "<!-- end of measured -->"
+WORKERS = "ray::RayTrainWorker", "ray::_Worker"  # what Ray calls a worker's process, until eac9029 and since
 DOCS = Path(__file__).parents[2] / "docs"
 
 
@@ -92,7 +93,7 @@ def system(record: dict[str, Any]) -> str:
         return ""
     share, error = bench_system.added(record["system"])
     beside = record["system"]["beside"]
-    others = sum(value for name, value in beside.items() if not name.startswith("ray::RayTrainWorker"))
+    others = sum(value for name, value in beside.items() if not name.startswith(WORKERS))
     return (
         f"; the whole system around {record['system']['steps']:,} steps in a Ray Train worker adds "
         f"{100 * share:.1f} ± {100 * error:.1f} %, its other processes take {100 * others:.1f} % of a processor"

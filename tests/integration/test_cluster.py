@@ -117,7 +117,7 @@ def test_a_worker_that_computes_is_hardly_ever_woken_up(ray_home: Path) -> None:
             status = Path(f"/proc/self/task/{os.getpid()}/status").read_text()  # of the main thread; this is another
             return int(status.partition("\nvoluntary_ctxt_switches:")[2].split()[0])
 
-        time.sleep(1)  # until the first poll
+        time.sleep(3)  # so that the first poll, of PATIENCE = 4 seconds, ends while it counts
         before = wakings()
         time.sleep(3)
         Path(file).write_text(str(wakings() - before))
@@ -203,6 +203,60 @@ def test_a_worker_on_a_gpu_has_the_cpus_of_its_node(nodes: list[tuple[int, int]]
     assert cluster_train._share(nodes, workers, on_gpus=True) == cpus
     with pytest.raises(ValueError, match="each on a node with a GPU for it"):
         cluster_train._share([(64, 0), (0, 1)], 1, on_gpus=True)
+
+
+def test_nodes_that_may_have_a_worker_are_asked_whether_they_can() -> None:
+    nodes = [
+        {"NodeID": name, "Alive": name != "dead", "Resources": resources}
+        for name, resources in (
+            ("head", {}),
+            ("dead", {"CPU": 8.0, "GPU": 1.0}),
+            ("small", {"CPU": 2.0, "GPU": 1.0}),
+            ("large", {"CPU": 8.0}),
+            ("whole", {"CPU": 8.0, "GPU": 2.0}),
+        )
+    ]
+    for cpus, on_gpu, names in ((1, False, "small large whole"), (4, False, "large whole"), (1, True, "small whole")):
+        assert [node["NodeID"] for node in cluster.able(nodes, cpus, on_gpu)] == names.split()
+
+
+def test_workers_that_hang_are_not_waited_for_after_a_second_sigterm(tmp_path: Path) -> None:
+    """Nor does what SIGTERM did before, as Prefect's handler, get lost in Ray."""
+    program = f"""
+        import os, signal, threading, time
+        from pathlib import Path
+        from types import SimpleNamespace
+        from dcgan import cluster_train, preemption
+        from dcgan.config import Compute
+
+        class Cancelled(BaseException): ...
+        def cancel(*_):
+            raise Cancelled
+        def hang(file):
+            Path(file).touch()
+            time.sleep(600)
+        def terminate():
+            while not file.exists():
+                time.sleep(0.1)
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(3)
+            print("still waiting", flush=True)
+            os._exit(1)
+
+        home = Path({str(tmp_path)!r})
+        file = home / "began"
+        signal.signal(signal.SIGTERM, cancel)
+        threading.Thread(target=terminate, daemon=True).start()
+        try:
+            with preemption.awaited(SimpleNamespace(path=home)):
+                cluster_train.launch(hang, (str(file),), Compute(device="cpu"), home, "hanging")
+        except Cancelled:
+            print("cancelled", flush=True)
+            os._exit(0)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stdout) == (0, "cancelled\n")
 
 
 def test_a_local_ray_keeps_others_out_whatever_was_set_for_another(monkeypatch: pytest.MonkeyPatch) -> None:

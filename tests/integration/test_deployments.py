@@ -138,7 +138,7 @@ def test_deployment_runs_to_the_end_and_is_in_mlflow(stack: Stack) -> None:
     assert f"/runs/{ledger.run_id}" in artifact["data"]
 
 
-def test_one_variable_of_a_deployment_moves_it_to_a_cluster(stack: Stack, tmp_path: Path) -> None:
+def test_a_deployments_environment_moves_it_to_a_cluster(stack: Stack, tmp_path: Path) -> None:
     started = set(stack.home.glob("ray/session_*"))
     with ray_nodes.cluster(tmp_path):
         variables = {name: os.environ[name] for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}

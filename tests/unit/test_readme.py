@@ -108,7 +108,7 @@ def test_every_deployment_and_module_exists() -> None:
     deployments = set()
     for d in yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]:
         deployments.add(f"{Path(d['entrypoint'].partition(':')[0]).stem.replace('_', '-')}/{d['name']}")
-    named = set(re.findall(r"deployment (?:run|schedule create) ([\w-]+/\w+)", README))
+    named = set(re.findall(r"deployment run ([\w-]+/\w+)", README))
     assert {name.partition("/")[0] for name in named} == {"train-eval", "reproduce"}
     assert named <= deployments
     for module in re.findall(r"-m ([\w.]+)", README):

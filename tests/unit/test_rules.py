@@ -273,14 +273,19 @@ def test_importing_our_modules_reads_and_writes_nothing_and_brings_no_heavy_libr
     assert not loaded & set(IMPORTERS) - _brought_by("torch", "numpy", "pydantic")
 
 
+SCRIPTS = """
+import importlib, sys
+found = [sys.argv[1], *sys.path]
+for name in sys.argv[2:]:
+    sys.path[:] = found  # without what the one before has added
+    importlib.import_module(name)
+"""
+
+
 def test_every_benchmark_finds_what_it_imports(tmp_path: Path) -> None:
     scripts = sorted(file.stem for file in ROOT.glob("tests/benchmarks/*.py"))
     assert "bench_step" in scripts
-    python(
-        f"import sys; sys.path.insert(0, sys.argv[1]); import {', '.join(scripts)}",
-        str(ROOT / "tests" / "benchmarks"),
-        cwd=tmp_path,
-    )
+    python(SCRIPTS, str(ROOT / "tests" / "benchmarks"), *scripts, cwd=tmp_path)
 
 
 def heavy_modules() -> set[str]:
