@@ -224,10 +224,11 @@ def test_a_server_that_dies_ends_nothing_up_again_starts_nothing_twice_and_down_
     assert forgotten.local("up").returncode == 0
     assert {path.stem: path.read_text() for path in (stack.home / "services").glob("*.pid")} == now
 
-    script = "import sys; sys.path.insert(0, 'infra'); import local; local.CANCEL_SECONDS = 1; local.down()"
+    # A restarted server seldom manages to cancel a flow run of before: here it never does.
+    script = "import sys; sys.path.insert(0, 'infra'); import local; local._cancel_flow_runs = print; local.down()"
     ended = forgotten.call(sys.executable, "-c", script)
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert "stopping the flow run of process" in ended.stdout, "Prefect no longer can"
+    assert "stopping the flow run of process" in ended.stdout
     assert stack.processes() == []
     assert list((stack.home / "services").glob("*.pid")) == []
     (step,) = checkpoint.steps(run)
