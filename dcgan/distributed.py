@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -70,10 +70,15 @@ def wrap(net: nn.Module, place: Place) -> nn.Module:
     """
     if place.world == 1:
         return net
-    # Built on a side stream on CUDA, or its collectives can't be recorded (PyTorch's notes on CUDA graphs).
-    stream = torch.cuda.Stream(place.device) if place.device.type == "cuda" else None
-    with torch.cuda.stream(stream) if stream else nullcontext():
+    if place.device.type != "cuda":
         return nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
+    # Built on a side stream, or its collectives can't be recorded (PyTorch's notes on CUDA graphs).
+    own, stream = torch.cuda.current_stream(place.device), torch.cuda.Stream(place.device)
+    stream.wait_stream(own)  # the weights may still be on their way to the device
+    with torch.cuda.stream(stream):
+        wrapped = nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
+    own.wait_stream(stream)  # which sends rank 0's to the others
+    return wrapped
 
 
 def recordable(place: Place) -> bool:

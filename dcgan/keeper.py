@@ -74,6 +74,11 @@ class Keeper:
         """Append to events.jsonl, with a warning in the log."""
         self._do(lambda: self._event(step, event, message), looks=False)
 
+    def wait(self) -> None:
+        """Return when nothing is left for the second thread to do."""
+        if self._beside:
+            self._beside.wait()
+
     def close(self) -> None:
         """Return when all is on disk."""
         try:
@@ -169,8 +174,10 @@ class _Beside:
     def _run(self, work: Callable[[], None], launched: torch.cuda.Event) -> None:
         with torch.cuda.stream(self.stream):
             self.stream.wait_event(launched)
-            work()
-            self.stream.synchronize()
+            try:
+                work()
+            finally:
+                self.stream.synchronize()  # before the memory that it reads is given back
 
 
 def _has_collapsed(line: Line) -> bool:

@@ -4,7 +4,8 @@ A step at 32 px is some two hundred kernels of a few microseconds each, and Pyth
 Once recorded, the device runs them one after the other by itself.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -71,8 +72,7 @@ class Player:
         """Play the first steps on a side stream, as recording requires; record the next one."""
         kind = self.game.kind(step)
         played = self._played[kind] = self._played.get(kind, 0) + 1
-        cudnn = torch.backends.cudnn
-        with cudnn.flags(enabled=True, benchmark=True, allow_tf32=cudnn.allow_tf32):
+        with _timing():
             if played <= (WARM_UP if self.game.place.world == 1 else WARM_UP_OF_RANKS):
                 stream.wait_stream(torch.cuda.current_stream())
                 with torch.cuda.stream(stream):
@@ -81,6 +81,17 @@ class Player:
                 return
             self._recorded[kind] = _Recorded(lambda inputs: self._play(step, inputs), batch, stream)
         self._recorded[kind](batch)
+
+
+@contextmanager
+def _timing() -> Iterator[None]:
+    """Have cuDNN time its algorithms for each layer and keep the fastest, unless they are to be deterministic."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = not torch.backends.cudnn.deterministic
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 class _Recorded:

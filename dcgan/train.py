@@ -63,6 +63,7 @@ def train(run: Run) -> None:
         with closing(player), closing(data.from_step(start)) as stream, closing(keeper) if keeper else nullcontext():
             if start == 0 and keeper is not None:
                 keeper.keep(0, line=None, drawing=True)
+                keeper.wait()  # in the first steps cuDNN times its algorithms: nothing else may use the device
 
             # Train.
             for step, batch in zip(range(start, settings.steps), stream, strict=False):

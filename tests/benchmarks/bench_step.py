@@ -88,6 +88,7 @@ def operations(size: int, count: int, width: int = 64) -> int:
 
 
 def compare(size: int, count: int, device: torch.device, pairs: int, block: float, variants: list[str]) -> dict:
+    torch.backends.cudnn.benchmark = True  # for all alike: what cuDNN chose for a shape it keeps, whoever asked first
     memory.keep()  # as training does; the eager loop, in the same process, gains by it, too
     data = batches(size, count, device)
     floats = [batch.images.float().div(127.5).sub(1) for batch in data]

@@ -83,7 +83,10 @@ def test_a_recorded_step_does_what_the_plain_one_does(settings):
     expected, got = losses(plain, 12, classes), losses(recorded, 12, classes)
     assert recorded._recorded
     np.testing.assert_allclose(got, expected, rtol=2e-3)
-    torch.testing.assert_close(weights(recorded), weights(plain), atol=2e-4, rtol=0)
+    # Adam's first step is its rate, 2e-4, with the sign of a gradient that may be nothing but rounding.
+    apart = (weights(recorded) - weights(plain)).abs()
+    assert apart.max() < 1e-3
+    assert apart.mean() < 1e-5
     if "ema" in settings:
         ours, theirs = recorded.game.average.state_dict(), plain.game.average.state_dict()
         for name in theirs:
@@ -190,6 +193,7 @@ def test_one_rank_of_nccl_records_its_gradients_exchange(tmp_path):
         got = here.losses(play, 30)
         assert play._recorded, "nothing was recorded"
         np.testing.assert_allclose(got, expected, rtol=1e-2)
+        play.close()
         dist.destroy_process_group()
     """
     with socket.socket() as free:
@@ -197,7 +201,7 @@ def test_one_rank_of_nccl_records_its_gradients_exchange(tmp_path):
         port = str(free.getsockname()[1])
     environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     command = [sys.executable, "-c", textwrap.dedent(script), os.path.dirname(__file__), os.getcwd()]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -207,6 +211,25 @@ def test_ranks_that_recorded_their_exchange_end(make_run):
     run = make_run("ranks")
     command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "dcgan.train"]
     subprocess.run([sys.executable, *command, str(run.path)], check=True, timeout=300)
+    assert checkpoint.steps(run)[-1] == 30
+
+
+def test_two_ranks_that_share_a_device_exchange_by_gloo(make_run, tmp_path):
+    """NCCL refuses two ranks of one device; an existing group is used as it is, and nothing is recorded."""
+    run = make_run("shared")
+    (tmp_path / "shared.py").write_text(
+        "import sys\n"
+        "import torch.distributed as dist\n"
+        "from pathlib import Path\n"
+        "from dcgan.run import Run\n"
+        "from dcgan.train import train\n"
+        "dist.init_process_group('gloo')\n"
+        "train(Run.open(Path(sys.argv[1])))\n"
+        "dist.destroy_process_group()\n"
+    )
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(tmp_path / "shared.py")]
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    subprocess.run([sys.executable, *command, str(run.path)], env=environment, check=True, timeout=120)
     assert checkpoint.steps(run)[-1] == 30
 
 
