@@ -302,7 +302,7 @@ def _cancel_flow_runs() -> None:
 
 
 def _end_flow_runs() -> None:
-    """End those that still run: once the server was restarted, none hears that it is cancelled.
+    """End those that still run: once the server was restarted, they seldom hear that they are cancelled.
 
     Their sessions are their own, so they outlive the worker. SIGTERM goes to the flow's process alone, which has Ray's
     workers keep a checkpoint first.
