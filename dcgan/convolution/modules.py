@@ -68,9 +68,21 @@ class _Labelled(nn.Module, ABC):
         added = onehot.to(maps.dtype) @ maps.view(labels, -1)
         return added.view(-1, *reach.shape[1:], channels).permute(0, 3, 1, 2)
 
-    @abstractmethod
     def _convolve(self, x: Tensor, weight: Tensor) -> Tensor:
         """By the rules below."""
+        transposed = self.inputs == 0
+        if (layer := self._geometry(x)) is not None:
+            if _by_winograd(x, weight, layer):
+                return (winograd.Transposed if transposed else winograd.Convolution).apply(x, weight, layer)
+            if _by_im2col(x, weight, layer):
+                return (im2col.Transposed if transposed else im2col.Convolution).apply(x, weight, layer)
+            if (operations := _operations(x, weight, layer)) != Operations():
+                return Strided.apply(*_cast(x, weight), layer, operations, transposed)
+        return self._library(x, weight)
+
+    @abstractmethod
+    def _geometry(self, x: Tensor) -> Layer | None:
+        """The layer, if it halves or doubles the map x."""
 
     @abstractmethod
     def _library(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -82,16 +94,10 @@ class Conv2d(_Labelled, nn.Conv2d):
 
     inputs = 1
 
-    def _convolve(self, x: Tensor, weight: Tensor) -> Tensor:
+    def _geometry(self, x: Tensor) -> Layer | None:
         layer = _layer(self, x.shape[2] // 2, x.shape[3] // 2)
-        if self.stride[0] == 2 and layer.output_padding in (0, 1) and not (x.shape[2] % 2 or x.shape[3] % 2):
-            if _by_winograd(x, weight, layer):
-                return winograd.Convolution.apply(x, weight, layer)
-            if _by_im2col(x, weight, layer):
-                return im2col.Convolution.apply(x, weight, layer)
-            if (operations := _operations(x, weight, layer)) != Operations():
-                return Strided.apply(*_cast(x, weight), layer, operations, False)
-        return self._library(x, weight)
+        halves = self.stride[0] == 2 and layer.output_padding in (0, 1) and not (x.shape[2] % 2 or x.shape[3] % 2)
+        return layer if halves else None
 
     def _library(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.conv2d(x, weight, None, self.stride, self.padding)
@@ -102,16 +108,9 @@ class ConvTranspose2d(_Labelled, nn.ConvTranspose2d):  # type: ignore[misc]
 
     inputs = 0
 
-    def _convolve(self, x: Tensor, weight: Tensor) -> Tensor:
+    def _geometry(self, x: Tensor) -> Layer | None:
         layer = _layer(self, x.shape[2], x.shape[3])
-        if self.stride[0] == 2 and layer.output_padding == self.output_padding[0]:
-            if _by_winograd(x, weight, layer):
-                return winograd.Transposed.apply(x, weight, layer)
-            if _by_im2col(x, weight, layer):
-                return im2col.Transposed.apply(x, weight, layer)
-            if (operations := _operations(x, weight, layer)) != Operations():
-                return Strided.apply(*_cast(x, weight), layer, operations, True)
-        return self._library(x, weight)
+        return layer if self.stride[0] == 2 and layer.output_padding == self.output_padding[0] else None
 
     def _library(self, x: Tensor, weight: Tensor) -> Tensor:
         assert isinstance(self.padding, tuple)

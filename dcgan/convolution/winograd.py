@@ -122,30 +122,36 @@ class Tiled(Layer):
         return (slice(i, min(i + size, count)) for i in range(0, count, size))
 
 
-class Convolution(torch.autograd.Function):
+class _Filtering(torch.autograd.Function):
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        """The gradient of x is the other of the two operations; that of the weights a product of both sides' tiles."""
+        (weights, *kept), layer, back = ctx.saved_tensors, ctx.layer, not ctx.to_large
+        out = _empty(gradient, weights, layer, back) if ctx.needs_input_grad[0] else None
+        total = None
+        for i, tiles in enumerate(_parts(gradient, weights, layer, back, out)):
+            if ctx.needs_input_grad[1]:
+                small, large = (tiles, kept[i]) if back else (kept[i], tiles)
+                small, large = small.permute(1, 2, 0), large.transpose(0, 1)
+                total = small @ large if total is None else total.baddbmm_(small, large)
+        return out, None if total is None else layer.weight_gradient(total.transpose(0, 1)), None
+
+
+class Convolution(_Filtering):
     """x (N, D, 2h, 2w), weight (C, D, kernel, kernel) to (N, C, h, w), as `F.conv2d` with stride 2."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, layer: Layer) -> Tensor:
         return _forward(ctx, x, weight, layer, to_large=False)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        return _backward(ctx, gradient)
 
-
-class Transposed(torch.autograd.Function):
+class Transposed(_Filtering):
     """x (N, C, h, w), weight (C, D, kernel, kernel) to (N, D, 2h, 2w), as `F.conv_transpose2d` with stride 2."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, layer: Layer) -> Tensor:
         return _forward(ctx, x, weight, layer, to_large=True)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        return _backward(ctx, gradient)
 
 
 def _forward(ctx: Any, x: Tensor, weight: Tensor, layer: Layer, to_large: bool) -> Tensor:
@@ -156,19 +162,6 @@ def _forward(ctx: Any, x: Tensor, weight: Tensor, layer: Layer, to_large: bool) 
     ctx.layer, ctx.to_large = tiled, to_large
     ctx.save_for_backward(weights, *kept)
     return out
-
-
-def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-    """The gradient of x is the other of the two operations; that of the weights is a product of both sides' tiles."""
-    (weights, *kept), layer, back = ctx.saved_tensors, ctx.layer, not ctx.to_large
-    out = _empty(gradient, weights, layer, back) if ctx.needs_input_grad[0] else None
-    total = None
-    for i, tiles in enumerate(_parts(gradient, weights, layer, back, out)):
-        if ctx.needs_input_grad[1]:
-            small, large = (tiles, kept[i]) if back else (kept[i], tiles)
-            small, large = small.permute(1, 2, 0), large.transpose(0, 1)
-            total = small @ large if total is None else total.baddbmm_(small, large)
-    return out, None if total is None else layer.weight_gradient(total.transpose(0, 1)), None
 
 
 def _parts(x: Tensor, weights: Tensor, layer: Tiled, to_large: bool, out: Tensor | None) -> Iterator[Tensor]:
