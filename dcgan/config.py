@@ -52,6 +52,8 @@ ADDRESSES = (
     ("evaluate", "images_source"),
 )  # section and key: an http(s):// address may contain a user
 
+PLACES = {"home", "source", "offline", "remote", "cache_gb"}  # of `data`: where images are, not which
+
 # Settings that only some data sets have: elsewhere they would change a run's name and nothing else.
 ENCODED: tuple[DataSet, ...] = (
     "celeba",
@@ -110,7 +112,7 @@ class Experiment(Section):
     def identity(self) -> dict[str, Any]:
         """What makes two runs the same run: data, model and training, not where they are computed or scored."""
         return {
-            "data": self.data.model_dump(mode="json", exclude={"home", "source", "offline", "remote", "cache_gb"}),
+            "data": self.data.model_dump(mode="json", exclude=PLACES),
             "model": self.model.model_dump(mode="json"),
             "train": self.train.model_dump(mode="json"),
         }

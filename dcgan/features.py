@@ -131,10 +131,13 @@ def _extract(run: Run, maker: Maker) -> None:
     _, random = _untrained(run, store)
     wanted = {"discriminator": (trained, int(directory.name)), "random_init": (random, 0)}
     for source, (net, step) in wanted.items():
-        bank = bank_of(run, source, step)
-        if not (bank / storage.MANIFEST).is_file():
-            exported = generator if source == "discriminator" else None
-            _write_bank(run, bank, net, {"source": source, "step": step}, maker, exported)
+        bank, exported, weights = bank_of(run, source, step), None, None
+        if source == "discriminator":
+            exported, weights = generator, storage.fingerprint(directory)
+        if bank.is_dir() and _weights(bank) != weights:  # trained anew, to the same step
+            storage.discard(bank)
+        if not bank.is_dir():
+            _write_bank(run, bank, net, {"source": source, "step": step, "weights": weights}, maker, exported)
     for other in run.features.iterdir():
         if other.is_dir() and other not in {bank_of(run, source, step) for source, (_, step) in wanted.items()}:
             shutil.rmtree(other)
@@ -143,6 +146,11 @@ def _extract(run: Run, maker: Maker) -> None:
 def bank_of(run: Run, source: str, step: int) -> Path:
     """The directory of a bank, which exists once `extract` has written it whole."""
     return run.features / f"{source}-{step}-{run.scored}"
+
+
+def _weights(bank: Path) -> str | None:
+    """The fingerprint of the checkpoint that a bank is of; None for a random initialisation."""
+    return storage.read_manifest(bank, hashes=False).get("weights")
 
 
 def _untrained(run: Run, store: Store) -> tuple[Generator, Discriminator]:
@@ -208,14 +216,24 @@ def _device(run: Run) -> torch.device:
     return torch.device("cuda" if on_cuda(run.experiment.compute.device) else "cpu")
 
 
+def fingerprint(run: Run, source: str, step: int) -> str:
+    """What identifies the content of a bank. Raises FileNotFoundError if it is absent."""
+    return storage.fingerprint(_existing(run, source, step))
+
+
+def _existing(run: Run, source: str, step: int) -> Path:
+    bank = bank_of(run, source, step)
+    if not bank.is_dir():
+        raise FileNotFoundError(f"run {run.name} has no features of step {step}: `dcgan extract {run.name}` makes them")
+    return bank
+
+
 def read_bank(run: Run, source: str, step: int, split: str) -> np.ndarray:
     """All layers of a bank side by side, float16 (N, F). source: discriminator or random_init (step 0).
 
     Raises FileNotFoundError if the bank is absent, CorruptError if it is damaged.
     """
-    bank = bank_of(run, source, step)
-    if not bank.is_dir():
-        raise FileNotFoundError(f"run {run.name} has no features of step {step}: `dcgan extract {run.name}` makes them")
+    bank = _existing(run, source, step)
     files = storage.read_manifest(bank, hashes=False)["files"]
     found = [match for match in map(re.compile(rf"{re.escape(split)}-(\d+)-(\d+)\.npy").fullmatch, files) if match]
     parts: dict[int, dict[int, np.ndarray]] = {}

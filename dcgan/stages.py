@@ -6,7 +6,6 @@ image store, does nothing where its result is already there, and can be run agai
 
 import logging
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -23,7 +22,6 @@ from dcgan.run import Run, read_lines
 log = logging.getLogger(__name__)
 
 Progress = Callable[[dict[str, Any]], None]
-REPRESENTATIONS = ("discriminator", "random_init", "raw_pixels")
 
 
 def ingest(experiment: Experiment) -> Run:
@@ -31,8 +29,10 @@ def ingest(experiment: Experiment) -> Run:
 
     Raises ValueError, before any image is read where possible, if the images or the settings don't fit each other.
     """
+    # Those to score on come first: they are the fewer, and as likely to be missing.
+    other = images(experiment, _scored_on(experiment)) if experiment.evaluate.images else None
     store = images(experiment, experiment.data)
-    scored = images(experiment, _scored_on(experiment)) if experiment.evaluate.images else store
+    scored = other or store
     if (count := store.count(*store.training)) < experiment.train.batch_size:
         raise ValueError(f"train.batch_size={experiment.train.batch_size} exceeds the {count} training images")
     alone = [name for name in experiment.evaluate.protocols if name != "clustering"]
@@ -197,52 +197,33 @@ def evaluate(run: Run, protocol: Protocol) -> dict[str, dict[str, float]]:
     Returns {"discriminator": {metric: value}, "random_init": ..., "raw_pixels": ...} and writes it, with the settings,
     to scores/<protocol>.json; scores of the same checkpoint and settings are not computed again.
     """
-    from dcgan import checkpoint, summary
+    from dcgan import checkpoint, scoring
     from dcgan.evaluate import EVALUATORS
     from dcgan.evaluate.samples import computing_on
 
-    settings, store = run.experiment.evaluate, run.scored_store()
-    step = int(checkpoint.chosen(run).name)
+    settings, directory, evaluator = run.experiment.evaluate, checkpoint.chosen(run), EVALUATORS[protocol]
     described = {
         "protocol": protocol,
-        "checkpoint": step,
+        "checkpoint": int(directory.name),
+        "weights": storage.fingerprint(directory),
         "chosen": settings.checkpoint,
-        "images": store.fingerprint,
-        "settings": settings.model_dump(mode="json", exclude={"protocols", "checkpoint", "images", "images_source"}),
+        "images": run.scored,
+        "settings": scoring.used(evaluator, settings),
     }
     known = run.scores().get(protocol, {})
     if {key: known.get(key) for key in described} == described:
         return known["scores"]
-    began = time.perf_counter()
-    if protocol == "clustering":
-        labels = {split: store.groups(split) for split in store.clustered}
-    else:
-        labels = {split: store.labels(split) for split in store.scored}
-    scores = {}
-    for name in REPRESENTATIONS:
-        splits = {split: (representation(run, name, split), labels[split]) for split in labels}
-        train = splits["train"]
-        test = splits.get("test", (train[0][:0], train[1][:0]))  # a data set that is clustered whole has none
-        with computing_on(run.experiment.compute.device):
-            scores[name] = EVALUATORS[protocol](*train, *test, settings, splits.get("validation"))
-    content = {**described, "commit": summary.commit(), "seconds": time.perf_counter() - began, "scores": scores}
+    with computing_on(run.experiment.compute.device):
+        found = {source: scoring.of_run(run, evaluator, source) for source in scoring.REPRESENTATIONS}
+    scores = {source: each.values for source, each in found.items()}
+    content = {
+        **described,
+        "commit": ", ".join(dict.fromkeys(each.commit for each in found.values())),
+        "seconds": sum(each.seconds for each in found.values()),
+        "scores": scores,
+    }
     storage.write_json(run.path / "scores" / f"{protocol}.json", content)
     return scores
-
-
-def representation(run: Run, name: str, split: str) -> np.ndarray:
-    """One of REPRESENTATIONS, (N, F): a feature bank, float16, or the pixels in [0, 1], float32."""
-    from dcgan import checkpoint, features
-
-    if name == "raw_pixels":
-        return raw_pixels(run.scored_store().images(split))
-    step = int(checkpoint.chosen(run).name) if name == "discriminator" else 0
-    return features.read_bank(run, name, step, split)
-
-
-def raw_pixels(images: np.ndarray) -> np.ndarray:
-    """uint8 (N, C, H, W) as float32 (N, C * H * W) in [0, 1]."""
-    return images.reshape(len(images), -1).astype(np.float32) / 255
 
 
 def report(run: Run) -> Path:

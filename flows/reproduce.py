@@ -11,7 +11,7 @@ from prefect.artifacts import create_markdown_artifact
 from pydantic import Field
 
 from dcgan.reproduce import TABLES, measure, page, record
-from dcgan.reproduce.rows import check, home
+from dcgan.reproduce.overrides import check, home
 from flows import tasks
 
 TableName = Literal["cifar10", "svhn", "clustering", "mnist", "image_quality"]
@@ -49,11 +49,11 @@ def reproduce(
     directory, found = Path(results).expanduser() if results else home(overrides), {}
     for row in wanted:
         found[row] = tasks.measure_row(table, row, overrides, seeds)
-        record.keep(directory, table, {row: found[row]})  # what is measured is kept if a later row breaks
+        file = record.keep(directory, table, {row: found[row]})  # what is measured is kept if a later row breaks
         get_run_logger().info("%s: %s", row, record.words(TABLES[table], found[row]))
     create_markdown_artifact(
         page.tables({table: TABLES[table]}, {table: record.read(directory, table)}),
         key=tasks.artifact_key("reproduce", table),
         description=TABLES[table].title,
     )
-    return {"page": str(record.write_page(directory)), "rows": found}
+    return {"page": str(file), "rows": found}

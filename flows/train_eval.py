@@ -16,7 +16,6 @@ import prefect.runtime.flow_run
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 from prefect.client.schemas.objects import FlowRun, State
-from prefect.futures import wait
 
 from dcgan import config, stages, summary, tables, tracking
 from dcgan.config import Preset
@@ -70,10 +69,10 @@ def train_eval(preset: Preset, overrides: Sequence[str] = ()) -> dict[str, Any]:
     run = Run.open(Path(path))
     tracking.start(run, tags={FLOW_RUN: str(prefect.runtime.flow_run.id)})
     extracted = tasks.extract(tasks.train(path))
-    scoring = {protocol: tasks.evaluate.submit(extracted, protocol) for protocol in stages.protocols(run)}
-    wait(list(scoring.values()))
-    scores = {protocol: future.result() for protocol, future in scoring.items()}
-    tasks.report(extracted, wait_for=list(scoring.values()))
+    # One by one: each uses every processor, and holds the features of all images.
+    states = {protocol: tasks.evaluate(extracted, protocol, return_state=True) for protocol in stages.protocols(run)}
+    scores = {protocol: state.result() for protocol, state in states.items()}
+    tasks.report(extracted)
     publish(run, preset)
     return {"run": path, "scores": scores, "mlflow": tracking.url(run)}
 

@@ -6,6 +6,7 @@ a split of train. `published` holds the literature's figures.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,11 +14,22 @@ from dcgan.config import Evaluate, Protocol
 from dcgan.evaluate import clustering, knn, svm
 from dcgan.evaluate.inputs import Labelled
 
-Evaluator = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray, Evaluate, Labelled | None], dict[str, float]]
+Score = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray, Evaluate, Labelled | None], dict[str, float]]
+
+
+class Evaluator(NamedTuple):
+    """A protocol's name, which its metrics begin with, its function, and the settings of `evaluate` that it reads."""
+
+    name: str
+    score: Score
+    settings: tuple[str, ...]
+
 
 EVALUATORS: dict[Protocol, Evaluator] = {
-    "svm": svm.score,
-    "svm_few_labels": svm.score_few_labels,
-    "clustering": clustering.score,
-    "knn": knn.score,
+    "svm": Evaluator("svm", svm.score, ("labels", "standardise", "c_grid", "seed")),
+    "svm_few_labels": Evaluator(
+        "svm_few_labels", svm.score_few_labels, ("labels_per_class", "draws", "standardise", "c_grid", "seed")
+    ),
+    "clustering": Evaluator("clustering", clustering.score, ("restarts", "seed")),
+    "knn": Evaluator("knn", knn.score, ("labels", "neighbours", "seed")),
 }

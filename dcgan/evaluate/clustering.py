@@ -29,9 +29,10 @@ def score(
     """
     # Some data sets are clustered whole and have no test images.
     check(train_x, train_y, *((test_x, test_y) if len(test_y) else (train_x, train_y)), validation)
-    held_x, held_y = validation or (test_x[:0], test_y[:0])
-    merged = Samples.centred(np.concatenate([train_x, held_x, test_x]), device())
-    labels = np.concatenate([train_y, held_y, test_y])
+    given = [(train_x, train_y), *([validation] if validation else []), (test_x, test_y)]
+    parts = [(x, y) for x, y in given if len(y)]
+    merged = Samples.centred(np.concatenate([x for x, _ in parts]) if len(parts) > 1 else train_x, device())
+    labels = np.concatenate([y for _, y in parts])
     return compare(labels, kmeans(merged, len(np.unique(labels)), settings.restarts, settings.seed).labels)
 
 

@@ -7,7 +7,7 @@ Chapelle and Zien ("Semi-supervised classification by low density separation", 2
 et al. ("Sparse quasi-Newton optimization for semi-supervised support vector machines", 2012), all classes at once.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Self
 
@@ -18,6 +18,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import validate_data
 from torch import Tensor
 
+from dcgan.config import Evaluate
 from dcgan.evaluate.inputs import Labelled, check, check_classes, draw, split_for_choice
 from dcgan.evaluate.samples import NotConvergedError, Samples, device
 from dcgan.evaluate.svm import L2SVM
@@ -181,36 +182,30 @@ def score(
     train_y: np.ndarray,
     test_x: np.ndarray,
     test_y: np.ndarray,
-    *,
-    labels_per_class: int = 100,
-    draws: int = 10,
-    seed: int = 0,
-    c_grid: Sequence[float] = (1e-5, 1e-4, 1e-3, 1e-2),
+    settings: Evaluate,
     validation: Labelled | None = None,
 ) -> dict[str, float]:
     """`tsvm/accuracy` (higher is better), its `_std` over draws, `/validation_accuracy` and chosen `/c`, `/unlabelled`.
 
-    x: float16 or float32 (N, F), y: int64 (N,). As `svm.score_few_labels` and with its draws: `labels_per_class` random
-    labels of each class are drawn from train, the other images of train are unlabelled, and each feature is
-    standardised over train. Test images are not among the unlabelled: Kingma et al. split the training images into
-    labelled and unlabelled, and so the accuracy is of new images, like every other protocol's (in Joachims's
-    transduction, 1999, the unlabelled images are those of test). On the first draw the C of `c_grid` and the weight in
-    TRIED with the highest accuracy on `validation`, the smaller of equal ones, are chosen for all draws. Without
-    `validation`, a fifth of train is held out for it: neither drawn from nor unlabelled. Test is scored once per draw:
-    mean, and standard deviation with divisor draws - 1.
-    Raises ValueError for input that `inputs` rejects, for fewer than two draws and for a `c_grid` that is empty or
-    holds what is not positive.
+    x: float16 or float32 (N, F), y: int64 (N,). As `svm.score_few_labels` and with its draws: from train,
+    `settings.labels_per_class` random labels of each class are drawn, and its other images are unlabelled. Each feature
+    is standardised over train, whatever `settings.standardise` says: the minimiser needs it. Test images are not among
+    the unlabelled: Kingma et al. split the training images into labelled and unlabelled, and so the accuracy is of new
+    images, like every other protocol's (in Joachims's transduction, 1999, the unlabelled images are those of test). On
+    the first draw the C of `settings.c_grid` and the weight in TRIED with the highest accuracy on `validation`, the
+    smaller of equal ones, are chosen for all draws. Without `validation`, a fifth of train is held out for it: neither
+    drawn from nor unlabelled. Test is scored once per draw: mean, and standard deviation with divisor draws - 1.
+    Raises ValueError for input that `inputs` rejects.
     """
     check(train_x, train_y, test_x, test_y, validation)
     check_classes(train_y, test_y)
-    if draws < 2 or not c_grid:
-        raise ValueError(f"draws={draws} and c_grid={c_grid}, but a deviation needs two draws and a choice one C")
     samples = Samples.standardised(train_x, device())
-    pool, held, held_y = split_for_choice(samples, train_y, validation, seed)
-    train, test = samples.take(pool), samples.like(test_x)
-    labels = [_partly(train_y[pool], draw(train_y[pool], labels_per_class, (seed, i))) for i in range(draws)]
+    pool, held, held_y = split_for_choice(samples, train_y, validation, settings.seed)
+    train, test, per_class = samples.take(pool), samples.like(test_x), settings.labels_per_class
+    draws = (draw(train_y[pool], per_class, (settings.seed, i)) for i in range(settings.draws))
+    labels = [_partly(train_y[pool], rows) for rows in draws]
     best, reached = TSVM(), -1.0
-    for c in sorted(set(c_grid)):
+    for c in sorted(settings.c_grid):
         for model in anneal(train, labels[0], c, max(TRIED)):
             accuracy = model.score(held, held_y) if model.unlabelled in TRIED else -1.0
             if accuracy > reached:

@@ -2,11 +2,14 @@
 
 from functools import partial
 
+from dcgan.config import DataSet, Protocol
 from dcgan.evaluate import patch_kmeans
 from dcgan.evaluate.published import OTHERS, PAPER, PUBLISHED
 from dcgan.reproduce.rows import QUOTED, Column, Figure, Measured, Row, Setting, Table, arrays, features, merged
 
 ACCURACY = {"accuracy": "svm/accuracy"}
+CIFAR10: tuple[DataSet, ...] = ("cifar10",)
+SCORED: tuple[Protocol, ...] = ("svm", "svm_few_labels")
 FEW = {"few": "svm_few_labels/accuracy"}
 
 
@@ -28,12 +31,14 @@ def _patch_kmeans(centroids: int, setting: Setting) -> Measured:
 
 
 def _of_itself(setting: Setting) -> Measured:
-    run = setting.extracted("cifar10", "evaluate.labels=0")
+    run = setting.extracted("cifar10", SCORED, "evaluate.labels=0")
     return merged(features(run, "svm", ACCURACY), features(run, "svm_few_labels", FEW))
 
 
 def _of_imagenet(setting: Setting) -> Measured:
-    run = setting.extracted("imagenet32", "evaluate.images=cifar10")
+    source = setting.experiment("cifar10").data.source
+    where = [f"evaluate.images_source={source}"] if source else []
+    run = setting.extracted("imagenet32", SCORED, "evaluate.images=cifar10", *where)
     return merged(features(run, "svm", ACCURACY), features(run, "svm_few_labels", FEW))
 
 
@@ -58,13 +63,14 @@ TABLE = Table(
         Column("few", "accuracy, 400 labels per class, %", percent=True),
     ),
     (
-        Row("patch_kmeans_400", "1-layer k-means, 400 centroids", {}, "", partial(_patch_kmeans, 400)),
+        Row("patch_kmeans_400", "1-layer k-means, 400 centroids", {}, "", partial(_patch_kmeans, 400), CIFAR10),
         Row(
             "patch_kmeans_1600",
             "1-layer k-means, 1,600 centroids",
             {"accuracy": Figure(0.779)},
             "Coates, Lee and Ng, AISTATS 2011",
             partial(_patch_kmeans, 1600),
+            CIFAR10,
         ),
         Row(
             "patch_kmeans_4800",
@@ -72,6 +78,7 @@ TABLE = Table(
             _published("1-layer k-means"),
             PAPER,
             partial(_patch_kmeans, 4800),
+            CIFAR10,
         ),
         _quoted("kmeans_3_layers", "3-layer k-means, learned RF"),
         _quoted("view_invariant", "view-invariant k-means"),
@@ -82,8 +89,9 @@ TABLE = Table(
             _published("DCGAN + L2-SVM"),
             PAPER,
             _of_imagenet,
+            ("imagenet32", *CIFAR10),
         ),
-        Row("dcgan_cifar10", "DCGAN (CIFAR-10 itself) + L2-SVM", {}, "", _of_itself),
+        Row("dcgan_cifar10", "DCGAN (CIFAR-10 itself) + L2-SVM", {}, "", _of_itself, CIFAR10),
     ),
     "The discriminator's features come from all convolution layers, pooled to 4x4 and standardised; C is chosen on "
     "images held out of train, except for k-means with all labels, whose C is the published 100 / N.",

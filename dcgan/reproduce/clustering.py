@@ -2,9 +2,9 @@
 
 from functools import partial
 
-from dcgan import stages
+from dcgan import scoring
 from dcgan.config import DataSet
-from dcgan.evaluate import clustering
+from dcgan.evaluate import EVALUATORS
 from dcgan.evaluate.published import PUBLISHED, RAW_PIXELS, Published
 from dcgan.reproduce.rows import Column, Figure, Measured, Row, Setting, Table, features
 
@@ -21,20 +21,15 @@ DATA: dict[DataSet, str] = {
 
 
 def _features(preset: DataSet, setting: Setting) -> Measured:
-    return features(setting.extracted(preset), "clustering", NAMES)
+    return features(setting.extracted(preset, ["clustering"]), "clustering", NAMES)
 
 
 def _pixels(preset: DataSet, setting: Setting) -> Measured:
     store, settings = setting.images(preset)
-    images = {split: stages.raw_pixels(store.images(split)) for split in store.clustered}
-    labels = {split: store.groups(split) for split in store.clustered}
-    none = images["train"][:0], labels["train"][:0]
-    train, held, test = ((images[s], labels[s]) if s in images else none for s in ("train", "validation", "test"))
-    found = clustering.score(*train, *test, settings, held if len(held[1]) else None)
-    count = sum(map(len, labels.values()))
+    found = scoring.of_pixels(setting.home, store, settings, EVALUATORS["clustering"])
     return Measured(
-        {column: Figure(found[metric]) for column, metric in NAMES.items()},
-        f"{count:,} images of {store.size} px, {settings.restarts} starts",
+        {column: Figure(found.values[metric]) for column, metric in NAMES.items()},
+        f"{store.count(*store.clustered):,} images of {store.size} px, {settings.restarts} starts",
     )
 
 
@@ -46,8 +41,8 @@ def _rows(preset: DataSet, name: str) -> tuple[Row, Row]:
     gan, raw = PUBLISHED[preset], RAW_PIXELS[preset]
     source = gan["clustering/nmi"].source
     return (
-        Row(preset, f"{name}: DCGAN features", _figures(gan), source, partial(_features, preset)),
-        Row(f"{preset}_pixels", f"{name}: raw pixels", _figures(raw), source, partial(_pixels, preset)),
+        Row(preset, f"{name}: DCGAN features", _figures(gan), source, partial(_features, preset), (preset,)),
+        Row(f"{preset}_pixels", f"{name}: raw pixels", _figures(raw), source, partial(_pixels, preset), (preset,)),
     )
 
 

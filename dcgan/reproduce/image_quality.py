@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from dcgan import checkpoint, sampling, storage
+from dcgan.config import DataSet
 from dcgan.evaluate import image_quality
 from dcgan.evaluate.samples import device
 from dcgan.reproduce.rows import Column, Figure, Measured, Row, Setting, Table, checkpoint_rule, scale
@@ -14,6 +15,7 @@ from dcgan.reproduce.rows import Column, Figure, Measured, Row, Setting, Table, 
 COUNT = 50_000  # images drawn, as for the published Inception scores
 WANG = "Wang and Liu, 2016; the class label is an input"
 SGAN = "Huang et al., Stacked GAN, CVPR 2017"
+CIFAR10: tuple[DataSet, ...] = ("cifar10",)
 SPREAD = {"inception_score": "10 splits", "kid": "100 subsets"}
 
 
@@ -73,6 +75,7 @@ TABLE = Table(
             {"inception_score": Figure(6.16, 0.07)},
             SGAN,
             partial(_measure, False),
+            CIFAR10,
         ),
         Row(
             "conditional",
@@ -80,6 +83,7 @@ TABLE = Table(
             {"inception_score": Figure(6.58)},
             WANG,
             partial(_measure, True),
+            CIFAR10,
         ),
     ),
     "Computed by torch-fidelity with a local file of the original weights, `evaluate.inception=FILE`. They must give "

@@ -7,6 +7,7 @@ from other code, the record has that code's commit too.
 """
 
 import dataclasses
+import itertools
 import json
 import logging
 import re
@@ -20,11 +21,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dcgan import config, stages, storage, summary, tracking
-from dcgan.config import digest
 from dcgan.evaluate.samples import computing_on
 from dcgan.reproduce import TABLES, record
-from dcgan.reproduce.rows import Figure, Measured, Row, Setting, check, given, home
+from dcgan.reproduce.overrides import check, digest, given, home
+from dcgan.reproduce.rows import Figure, Measured, Row, Setting
 from dcgan.run import Run
 
 log = logging.getLogger(__name__)
@@ -63,9 +66,9 @@ def reproduce(
     for row in rows:
         say(f"{table}: {row.method}")
         content = one(table, row.key, overrides, seeds)
-        record.keep(directory, table, {row.key: content})
+        page = record.keep(directory, table, {row.key: content})
         say(f"  {record.words(TABLES[table], content)}")
-    return record.write_page(directory)
+    return page
 
 
 def one(table: str, name: str, overrides: Sequence[str], seeds: int) -> dict[str, Any]:
@@ -75,8 +78,8 @@ def one(table: str, name: str, overrides: Sequence[str], seeds: int) -> dict[str
     words = shlex.join(["dcgan", "reproduce", table, row.key, *_seeds(seeds), *overrides])
     try:
         found = [_once(table, row, tuple(overrides), seed) for seed in range(seeds)]
-    except (ValueError, OSError, RuntimeError) as error:
-        if not config.is_for_users(error):
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        if not (config.is_for_users(error) or isinstance(error, MemoryError | torch.OutOfMemoryError)):
             raise
         reason = " ".join(str(error).split()).replace(str(home(overrides)), "HOME")
         return {**_where(), "command": words, "reason": f"not measured: {reason}"}
@@ -95,14 +98,14 @@ def one(table: str, name: str, overrides: Sequence[str], seeds: int) -> dict[str
 def _once(table: str, row: Row, overrides: tuple[str, ...], seed: int) -> dict[str, Any]:
     """What a row gives with one seed, the seconds it took, where and when; kept, and not measured again."""
     assert callable(row.measure)
-    name = digest([list(overrides), seed])
+    name = digest(overrides, row.presets, seed)
     directory = home(overrides) / "reproduced" / table / row.key
     directory.mkdir(parents=True, exist_ok=True)
     file = directory / f"{name}.json"
     if file.is_file():
         return json.loads(file.read_text())
     began, where = time.perf_counter(), _where()  # taken now: the code may change before the end
-    setting = Setting(overrides, seed, directory / name)
+    setting = Setting(row.presets, overrides, seed, directory / name)
     with _ended(setting.runs), computing_on(given(overrides, "compute.device") or "auto"):
         measured = row.measure(setting)
         where["commit"] = ", ".join(dict.fromkeys([*_commits(setting.runs.values()), where["commit"]]))
@@ -117,7 +120,8 @@ def _once(table: str, row: Row, overrides: tuple[str, ...], seed: int) -> dict[s
 def _commits(runs: Iterable[Run]) -> Iterator[str]:
     """Commits of the code that trained the runs and scored them, as far as they were recorded."""
     for run in runs:
-        found = [summary.trained_by(run), *(content.get("commit", "") for content in run.scores().values())]
+        scored = (content.get("commit", "").split(", ") for content in run.scores().values())
+        found = [summary.trained_by(run), *itertools.chain.from_iterable(scored)]
         yield from filter(None, found)
 
 
@@ -178,6 +182,6 @@ def _deliver(table: str, row: Row, content: dict[str, Any], where: Path) -> None
     params = {key: content[key] for key in ("scale", "seeds", "seconds", "command", "commit", "hardware", "date")}
     params |= {"runs": " ".join(content["runs"]), "source": row.source or "-"}
     try:
-        tracking_rows.log(where, f"reproduce-{table}", row.key, digest(content), metrics, params, row.method)
+        tracking_rows.log(where, f"reproduce-{table}", row.key, config.digest(content), metrics, params, row.method)
     except tracking.TrackingError as error:
         log.warning("%s; the row is kept in %s", error, where / "reproduced")

@@ -16,11 +16,15 @@ from dcgan.reproduce.rows import Figure, Measured, Table
 PAGE = "results.md"
 
 
-def keep(directory: Path, table: str, rows: dict[str, dict[str, Any]]) -> None:
-    """Put records of rows into results/<table>.json; one that was not measured never replaces one that was."""
+def keep(directory: Path, table: str, rows: dict[str, dict[str, Any]]) -> Path:
+    """Put records of rows into results/<table>.json and the page, which is returned.
+
+    A record of what was not measured never replaces one of what was.
+    """
     known = read(directory, table)
     new = {row: content for row, content in rows.items() if "figures" in content or "figures" not in known.get(row, {})}
     storage.write_json(directory / "results" / f"{table}.json", {**known, **new})
+    return write_page(directory)
 
 
 def read(directory: Path, table: str) -> dict[str, dict[str, Any]]:

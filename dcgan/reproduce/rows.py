@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dcgan import config, stages
-from dcgan.config import DataSet, Evaluate, Experiment
+from dcgan.config import DataSet, Evaluate, Experiment, Protocol
 from dcgan.data.store import Store
 from dcgan.evaluate.inputs import Labelled
+from dcgan.reproduce import overrides
 from dcgan.run import Run
 
 
@@ -46,69 +47,57 @@ class Measured:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a row is measured with: the user's overrides, a seed, and a directory for its own work.
+    """What a row is measured with: its presets, the user's overrides, a seed, and a directory for its own work.
 
     runs: the runs trained for it, by name.
     """
 
+    presets: tuple[DataSet, ...]
     overrides: tuple[str, ...]
     seed: int
     directory: Path
     runs: dict[str, Run] = field(default_factory=dict)
 
-    def experiment(self, preset: DataSet, *words: str) -> Experiment:
-        """The preset's experiment with the row's words, the seed and, last, the user's overrides.
+    @property
+    def home(self) -> Path:
+        return overrides.home(self.overrides)
 
-        An override may be for one preset only: `cifar10/data.source=DIRECTORY`.
+    def experiment(self, preset: DataSet, *words: str, protocols: Sequence[Protocol] = ()) -> Experiment:
+        """The preset's experiment with the row's words, the seed, the user's overrides and what the row scores.
+
+        An override may be for one preset only: `cifar10/data.source=DIRECTORY`. protocols: checked at ingestion.
         """
+        if preset not in self.presets:
+            raise LookupError(f"a row is measured on images of {preset}, which its presets leave out")
         seeds = (f"train.seed={self.seed}", f"evaluate.seed={self.seed}")
-        return config.build(preset, [*words, *seeds, *_Override.of(self.overrides, preset)])
+        scored = [f"evaluate.protocols=[{', '.join(protocols)}]"] if protocols else []
+        return config.build(preset, [*words, *seeds, *overrides.of(self.overrides, preset), *scored])
 
     def images(self, preset: DataSet, *words: str) -> tuple[Store, Evaluate]:
         """The preset's images, ingested if necessary, and its evaluation settings."""
         experiment = self.experiment(preset, *words)
         return stages.images(experiment, experiment.data), experiment.evaluate
 
-    def trained(self, preset: DataSet, *words: str) -> Run:
+    def trained(self, preset: DataSet, *words: str, protocols: Sequence[Protocol] = ()) -> Run:
         """A run of the preset, trained to its end."""
-        run = stages.ingest(self.experiment(preset, *words))
+        run = stages.ingest(self.experiment(preset, *words, protocols=protocols))
         stages.train(run)
         self.runs[run.name] = run
         return run
 
-    def extracted(self, preset: DataSet, *words: str) -> Run:
-        """A trained run with feature banks."""
-        run = self.trained(preset, *words)
+    def extracted(self, preset: DataSet, protocols: Sequence[Protocol], *words: str) -> Run:
+        """A trained run with feature banks, which these protocols score."""
+        run = self.trained(preset, *words, protocols=protocols)
         stages.extract(run)
         return run
-
-
-class _Override(NamedTuple):
-    preset: str
-    key: str
-    value: str
-
-    @classmethod
-    def read(cls, word: str) -> "_Override":
-        key, equals, value = word.partition("=")
-        preset, slash, rest = key.partition("/")
-        if not equals:
-            raise ValueError(f"override {word!r} is not of the form section.key=value")
-        if slash and preset not in config.PRESETS:
-            raise ValueError(f"override {word!r}: {preset!r} is no preset{config.meant(preset, config.PRESETS)}")
-        return cls(preset, rest, value) if slash else cls("", key, value)
-
-    @classmethod
-    def of(cls, words: Sequence[str], preset: str) -> list[str]:
-        """Those that apply to a preset, as `config.build` takes them."""
-        return [f"{one.key}={one.value}" for one in map(cls.read, words) if one.preset in ("", preset)]
 
 
 @dataclass(frozen=True)
 class Row:
     """A method of a table.
 
-    published: column to figure. source: of these. measure: how it is measured here, or why it is not.
+    published: column to figure. source: of these. measure: how it is measured here, or why it is not. presets: whose
+    images it is measured on.
     """
 
     key: str
@@ -116,6 +105,7 @@ class Row:
     published: dict[str, Figure]
     source: str
     measure: Callable[[Setting], Measured] | str
+    presets: tuple[DataSet, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -128,58 +118,12 @@ class Table:
     note: str = ""
 
 
-def home(overrides: Sequence[str]) -> Path:
-    """Where everything is written: the last `data.home` of the overrides, or the default."""
-    path = given(overrides, "data.home")
-    return Path(path).expanduser().absolute() if path else config.default_home()
-
-
-def given(overrides: Sequence[str], key: str) -> str | None:
-    """The last value of a key among the overrides that apply to every preset; None if there is none."""
-    found = [
-        override.value for override in map(_Override.read, overrides) if (override.preset, override.key) == ("", key)
-    ]
-    return found[-1] if found else None
-
-
 QUOTED = "not measured: another model, whose figure is quoted"
 LATEST = "the newest checkpoint"
 BEST = "the checkpoint of lowest sliced Wasserstein distance between generated and training images"
 
 
-def check(overrides: Sequence[str], seeds: int = 1) -> None:
-    """Raise ValueError for an override that no experiment would take, or no seed, before any work."""
-    if seeds < 1:
-        raise ValueError(f"seeds={seeds}: a row is measured with at least one")
-    known = config.keys()
-    for word in overrides:
-        preset, key, value = _Override.read(word)
-        if key not in known:
-            raise ValueError(f"unknown key {key!r}{config.meant(key, known)}")
-        if preset and key in ("data.home", "compute.device"):
-            raise ValueError(f"{word}: a row has one home and one device for everything: give {key}={value}")
-        config.refuse_secret(key, value)  # each of them: the record has them all, also those that a later one replaces
-        if key in ("train.seed", "evaluate.seed"):
-            raise ValueError(f"{word}: a row is measured with the seeds 0 to N - 1 of --seeds N")
-    _check_values(overrides)
-
-
-def _check_values(overrides: Sequence[str]) -> None:
-    """Raise ValueError for values that a preset they name rejects or, if they name none, that every preset rejects."""
-    named = {override.preset for override in map(_Override.read, overrides) if override.preset}
-    refusals = {}
-    for preset in config.PRESETS:
-        place = ["data.source=directory"] if preset == "folder" else []
-        try:
-            config.build(preset, [*place, *_Override.of(overrides, preset)])
-        except ValueError as error:
-            refusals[preset] = error
-    for preset in config.PRESETS:
-        if preset in refusals and (preset in named or len(refusals) == len(config.PRESETS)):
-            raise refusals[preset]
-
-
-def features(run: Run, protocol: config.Protocol, names: dict[str, str]) -> Measured:
+def features(run: Run, protocol: Protocol, names: dict[str, str]) -> Measured:
     """A protocol's scores of a trained run and of its controls; names: column to metric."""
     scores = stages.evaluate(run, protocol)
     settings = run.experiment.evaluate

@@ -9,11 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from dcgan import checkpoint, cluster_search, stages, storage, summary
-from dcgan.config import Evaluate, digest
-from dcgan.evaluate import knn, supervised, tsvm
+from dcgan import cluster_search, scoring, storage
+from dcgan.config import DataSet, digest
+from dcgan.evaluate import Evaluator, knn, supervised, tsvm
 from dcgan.evaluate.published import PAPER
 from dcgan.evaluate.samples import device
 from dcgan.reproduce.rows import (
@@ -31,31 +29,15 @@ from dcgan.reproduce.rows import (
 )
 
 KINGMA = f"{PAPER}, after Kingma et al., NeurIPS 2014"
+SVHN: tuple[DataSet, ...] = ("svhn",)
 DRAWS = "evaluate.draws=10"  # for the slow rows; nothing was published about theirs
 TRIALS = 64  # paper, section 5.2
 CLASSES = 10
 GPUS = {"cpu": 0.0, "cuda": 0.25}  # share of one per trial: the net is small
 
-Scorer = Callable[[Evaluate, dict[str, np.ndarray], dict[str, np.ndarray]], dict[str, float]]
 
-
-def _knn(settings: Evaluate, x: dict[str, np.ndarray], y: dict[str, np.ndarray]) -> dict[str, float]:
-    held = x["validation"], y["validation"]
-    return knn.score_few_labels(x["train"], y["train"], x["test"], y["test"], settings, held)
-
-
-def _tsvm(settings: Evaluate, x: dict[str, np.ndarray], y: dict[str, np.ndarray]) -> dict[str, float]:
-    return tsvm.score(
-        x["train"],
-        y["train"],
-        x["test"],
-        y["test"],
-        labels_per_class=settings.labels_per_class,
-        draws=settings.draws,
-        seed=settings.seed,
-        c_grid=settings.c_grid,
-        validation=(x["validation"], y["validation"]),
-    )
+KNN = Evaluator("knn_few_labels", knn.score_few_labels, ("labels_per_class", "draws", "neighbours", "seed"))
+TSVM = Evaluator("tsvm", tsvm.score, ("labels_per_class", "draws", "c_grid", "seed"))
 
 
 def _error(found: dict[str, float], name: str, draws: int) -> tuple[dict[str, Figure], dict[str, float]]:
@@ -68,32 +50,23 @@ def _error(found: dict[str, float], name: str, draws: int) -> tuple[dict[str, Fi
     return figures, {key.rpartition("/")[2]: value for key, value in found.items() if key not in shown}
 
 
-def _in_pixels(name: str, scorer: Scorer, setting: Setting) -> Measured:
+def _in_pixels(evaluator: Evaluator, setting: Setting) -> Measured:
     store, settings = setting.images("svhn", DRAWS)
-    images = {split: stages.raw_pixels(store.images(split)) for split in store.scored}
-    found = scorer(settings, images, {split: store.labels(split) for split in images})
-    figures, choices = _error(found, name, settings.draws)
+    found = scoring.of_pixels(setting.home, store, settings, evaluator)
+    figures, choices = _error(found.values, evaluator.name, settings.draws)
     return Measured(figures, _labels(settings.labels_per_class), choices=choices)
 
 
-def _on_features(name: str, scorer: Scorer, setting: Setting) -> Measured:
+def _on_features(evaluator: Evaluator, setting: Setting) -> Measured:
     planned = setting.experiment("svhn", DRAWS).evaluate
-    if name == "knn_few_labels":
+    if evaluator is KNN:
         knn.check_draw(planned, CLASSES * planned.labels_per_class)  # before hours of training
-    run = setting.extracted("svhn", DRAWS)
-    store, settings = run.scored_store(), run.experiment.evaluate
-    labels = {split: store.labels(split) for split in store.scored}
-    scored = [storage.fingerprint(checkpoint.chosen(run)), settings.model_dump(mode="json"), summary.commit()]
-
-    def score(source: str) -> dict[str, float]:
-        banks = {split: stages.representation(run, source, split) for split in labels}
-        return scorer(settings, banks, labels)
-
-    found = {}
-    for source in ("discriminator", "random_init"):
-        file = setting.directory / f"{digest([source, *scored])}.json"
-        found[source] = _error(storage.once(file, partial(score, source)), name, settings.draws)
-    words = f"{scale(run)}; {_labels(settings.labels_per_class)}"
+    run = setting.extracted("svhn", ["svm_few_labels"], DRAWS)  # whose draws these are
+    found = {
+        source: _error(scoring.of_run(run, evaluator, source).values, evaluator.name, planned.draws)
+        for source in ("discriminator", "random_init")
+    }
+    words = f"{scale(run)}; {_labels(planned.labels_per_class)}"
     choices = {f"{source} {key}": value for source, (_, values) in found.items() for key, value in values.items()}
     return Measured(
         found["discriminator"][0],
@@ -106,7 +79,7 @@ def _on_features(name: str, scorer: Scorer, setting: Setting) -> Measured:
 
 def _svm(setting: Setting) -> Measured:
     names = {"error": "svm_few_labels/accuracy", "validation": "svm_few_labels/validation_accuracy"}
-    run = setting.extracted("svhn")
+    run = setting.extracted("svhn", ["svm_few_labels"])
     found = features(run, "svm_few_labels", names)
     return Measured(
         _interval(found.figures),
@@ -179,23 +152,24 @@ TABLE = Table(
         Column("validation", "validation error, %", percent=True),
     ),
     (
-        Row("knn", "KNN, pixels", {"error": Figure(0.7793)}, KINGMA, partial(_in_pixels, "knn_few_labels", _knn)),
-        Row("tsvm", "TSVM, pixels", {"error": Figure(0.6655)}, KINGMA, partial(_in_pixels, "tsvm", _tsvm)),
+        Row("knn", "KNN, pixels", {"error": Figure(0.7793)}, KINGMA, partial(_in_pixels, KNN), SVHN),
+        Row("tsvm", "TSVM, pixels", {"error": Figure(0.6655)}, KINGMA, partial(_in_pixels, TSVM), SVHN),
         _quoted("m1_knn", "M1 + KNN", 0.6563),
         _quoted("m1_tsvm", "M1 + TSVM", 0.5433),
         _quoted("m1_m2", "M1 + M2", 0.3602),
         Row("swwae", "SWWAE without dropout", {"error": Figure(0.2783)}, PAPER, QUOTED),
         Row("swwae_dropout", "SWWAE with dropout", {"error": Figure(0.2356)}, PAPER, QUOTED),
-        Row("dcgan_svm", "DCGAN + L2-SVM", {"error": Figure(0.2248)}, PAPER, _svm),
+        Row("dcgan_svm", "DCGAN + L2-SVM", {"error": Figure(0.2248)}, PAPER, _svm, SVHN),
         Row(
             "supervised",
             "supervised CNN of the same architecture",
             {"validation": Figure(0.2887)},
             PAPER,
             _supervised,
+            SVHN,
         ),
-        Row("knn_features", "KNN, DCGAN features", {}, "", partial(_on_features, "knn_few_labels", _knn)),
-        Row("tsvm_features", "TSVM, DCGAN features", {}, "", partial(_on_features, "tsvm", _tsvm)),
+        Row("knn_features", "KNN, DCGAN features", {}, "", partial(_on_features, KNN), SVHN),
+        Row("tsvm_features", "TSVM, DCGAN features", {}, "", partial(_on_features, TSVM), SVHN),
     ),
     "All choices are made on the 10,000 held-out training images. The authors' code later gave 22.18 +- 1.13 (100 "
     "draws, 1.96 standard deviations) instead of 22.48. The supervised CNN's 28.87 is a validation error. The "

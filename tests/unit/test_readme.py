@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from dcgan import cli, commands, config
-from dcgan.reproduce import measure, rows
+from dcgan.reproduce import measure, overrides
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -99,7 +99,7 @@ def test_every_dcgan_command_is_accepted() -> None:
             config.build(chosen.target, chosen.overrides)
         if "words" in chosen:
             measure.choose(chosen.table, [word for word in chosen.words if "=" not in word])
-            rows.check([word for word in chosen.words if "=" in word])
+            overrides.check([word for word in chosen.words if "=" in word])
     for name in re.findall(r"`dcgan (\w+)", README):
         assert name in (*commands.STAGES, "sample", "sync", "data", "reproduce"), name
 

@@ -1,5 +1,7 @@
 """Scoring as a stage: which splits, on which device, by which code."""
 
+import dataclasses
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fabricated import write_store
+from fabricated import save, write_store
 
-from dcgan import stages, summary
-from dcgan.config import build
+from dcgan import scoring, stages, storage, summary
+from dcgan.config import build, override
 from dcgan.data.store import Description, Store
 from dcgan.evaluate import EVALUATORS, samples
 from dcgan.run import Run
@@ -32,7 +34,7 @@ def test_images_without_a_test_split_are_clustered_whole(tmp_path: Path) -> None
     store = write_store(tmp_path, Description("random", ("a", "b"), 32, 1, "none"), {"train": pairs})
     run = extracted(tmp_path, store, "evaluate.protocols=[clustering]", "evaluate.restarts=2")
     scores = stages.evaluate(run, "clustering")
-    assert list(scores) == list(stages.REPRESENTATIONS)
+    assert list(scores) == list(scoring.REPRESENTATIONS)
     assert all(0.5 <= found["clustering/accuracy"] <= 1 for found in scores.values())
 
 
@@ -58,8 +60,87 @@ def test_scores_are_computed_where_the_experiment_says(
         seen.append(samples.device())
         return {"knn/accuracy": 0.5}
 
-    monkeypatch.setitem(EVALUATORS, "knn", score)
+    monkeypatch.setitem(EVALUATORS, "knn", EVALUATORS["knn"]._replace(score=score))
     stages.evaluate(run, "knn")
     assert seen == ["cpu"] * 3
     assert samples.device() == "cuda"
     assert samples.device("cpu") == "cpu"
+
+
+@pytest.fixture
+def scored(tmp_path: Path, make_store: Callable[..., Store], monkeypatch: pytest.MonkeyPatch) -> tuple[Run, list[Any]]:
+    """A run with features, and what `knn` was called with: a single feature of the first image."""
+    run = extracted(tmp_path, make_store(tmp_path, channels=1), "evaluate.protocols=[knn]")
+    seen: list[Any] = []
+
+    def score(train_x: np.ndarray, *_: Any) -> dict[str, float]:
+        seen.append(float(train_x.astype(np.float64).sum()))
+        return {"knn/accuracy": 0.5}
+
+    monkeypatch.setitem(EVALUATORS, "knn", EVALUATORS["knn"]._replace(score=score))
+    return run, seen
+
+
+def again(run: Run, *overrides: str) -> Run:
+    """The same run with other settings, without its scores."""
+    shutil.rmtree(run.path / "scores", ignore_errors=True)
+    return dataclasses.replace(run, experiment=override(run.experiment.model_dump(), overrides))
+
+
+def test_an_interrupted_evaluation_continues(scored: tuple[Run, list[Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    run, seen = scored
+    write = storage.write_json
+
+    def full(path: Path, value: Any) -> None:
+        if len(seen) == 3:
+            raise OSError("a full disk")
+        write(path, value)
+
+    monkeypatch.setattr(storage, "write_json", full)
+    with pytest.raises(OSError, match="a full disk"):
+        stages.evaluate(run, "knn")
+    monkeypatch.setattr(storage, "write_json", write)
+    stages.evaluate(run, "knn")
+    assert len(seen) == 4
+    assert seen[2] == seen[3]
+    assert len({*seen}) == 3
+
+
+def test_settings_that_a_protocol_does_not_read_are_no_reason_to_score_anew(scored: tuple[Run, list[Any]]) -> None:
+    run, seen = scored
+    stages.evaluate(run, "knn")
+    stages.evaluate(again(run, "evaluate.restarts=2", "evaluate.c_grid=[1]", "evaluate.inception=x"), "knn")
+    assert len(seen) == 3
+    stages.evaluate(again(run, "evaluate.neighbours=[2]"), "knn")
+    assert len(seen) == 6
+
+
+def test_runs_on_the_same_images_share_the_scores_of_their_pixels(scored: tuple[Run, list[Any]]) -> None:
+    run, seen = scored
+    stages.evaluate(run, "knn")
+    other = Run.create(override(run.experiment.model_dump(), ["train.learning_rate=1e-3"]), run.store())
+    stages.train(other)
+    stages.extract(other)
+    stages.evaluate(other, "knn")
+    assert seen.count(seen[2]) == 1, "pixels"
+    assert seen.count(seen[0]) == 1, "another net"
+
+
+def test_other_code_scores_anew(scored: tuple[Run, list[Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    run, seen = scored
+    stages.evaluate(run, "knn")
+    monkeypatch.setattr(scoring, "_code", lambda: "other")
+    stages.evaluate(again(run), "knn")
+    assert len(seen) == 6
+
+
+def test_a_net_trained_anew_to_the_same_step_has_its_own_features_and_scores(scored: tuple[Run, list[Any]]) -> None:
+    run, seen = scored
+    stages.evaluate(run, "knn")
+    shutil.rmtree(run.checkpoints)
+    save(run, 2)  # a net that was not trained
+    stages.extract(run)
+    stages.evaluate(run, "knn")
+    assert len(seen) == 4
+    assert len(set(seen)) == 3
+    assert seen[3] == seen[1], "the features of a net before training"

@@ -124,7 +124,7 @@ def test_labels_are_refused_before_there_are_features_as_they_are_with_them(data
     refusals = []
     for work in (
         lambda: check_labels(labels, chosen),
-        lambda: EVALUATORS[protocol](
+        lambda: EVALUATORS[protocol].score(
             features["train"], labels["train"], features["test"], labels["test"], chosen, held
         ),
     ):

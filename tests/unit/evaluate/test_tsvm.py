@@ -14,6 +14,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
+from dcgan.config import Evaluate
 from dcgan.evaluate import samples, tsvm
 from dcgan.evaluate.samples import NotConvergedError, Samples
 from dcgan.evaluate.tsvm import ANNEALED, TRIED, TSVM, anneal, score
@@ -303,16 +304,16 @@ def split(spread=1.0, n=300, classes=3):
     return x[:cut].astype(np.float32), y[:cut], x[cut:].astype(np.float32), y[cut:]
 
 
-SETTINGS = {"labels_per_class": 4, "draws": 3, "c_grid": (1e-2, 1.0)}
+SETTINGS = Evaluate(labels_per_class=4, draws=3, c_grid=(1e-2, 1.0))
 
 
 def test_easy_classes_score_one_and_random_labels_score_chance():
     train_x, train_y, test_x, test_y = split(spread=0.05)
-    found = score(train_x, train_y, test_x, test_y, **SETTINGS)
+    found = score(train_x, train_y, test_x, test_y, SETTINGS)
     assert found["tsvm/accuracy"] == found["tsvm/validation_accuracy"] == 1
     assert (found["tsvm/c"], found["tsvm/unlabelled"]) == (1e-2, 0.01)  # of equal ones the smaller
     mixed = np.random.default_rng(0).permutation(test_y)
-    assert score(train_x, train_y, test_x, mixed, **SETTINGS)["tsvm/accuracy"] < 0.5
+    assert score(train_x, train_y, test_x, mixed, SETTINGS)["tsvm/accuracy"] < 0.5
 
 
 @pytest.mark.parametrize("given", [False, True])
@@ -322,7 +323,7 @@ def test_only_drawn_labels_are_learned_from_and_only_images_of_train(monkeypatch
     monkeypatch.setattr(TSVM, "fit", lambda self, x, y: seen.append((len(x), y, self)) or real(self, x, y))
     train_x, train_y, test_x, test_y = split()
     validation = (train_x[:50] + 1, train_y[:50]) if given else None
-    found = score(train_x, train_y, test_x, test_y, **SETTINGS, validation=validation)
+    found = score(train_x, train_y, test_x, test_y, SETTINGS, validation)
     assert len(seen) == 2  # the first draw was fitted where C was chosen
     for size, y, model in seen:
         assert (model.C, model.unlabelled) == (found["tsvm/c"], found["tsvm/unlabelled"])
@@ -336,21 +337,21 @@ def test_test_labels_decide_no_choice():
     """Test labels that are one setting's own predictions favour it; it is chosen none the more."""
     train_x, train_y, test_x, test_y = split(spread=2.0)
     names = ("tsvm/c", "tsvm/unlabelled", "tsvm/validation_accuracy")
-    expected = [score(train_x, train_y, test_x, test_y, **SETTINGS)[name] for name in names]
+    expected = [score(train_x, train_y, test_x, test_y, SETTINGS)[name] for name in names]
     train = Samples.standardised(train_x)
-    for c in SETTINGS["c_grid"]:
+    for c in SETTINGS.c_grid:
         favoured = TSVM(C=c).fit(train, hide(train_y, 4)).predict(train.like(test_x))
-        found = score(train_x, train_y, test_x, favoured, **SETTINGS)
+        found = score(train_x, train_y, test_x, favoured, SETTINGS)
         assert [found[name] for name in names] == expected
 
 
 def test_the_choice_is_the_best_on_validation_and_the_score_that_of_its_draws():
     train_x, train_y, test_x, test_y = split(spread=3.0)
     held_x, held_y = train_x[:60] * np.float32(1.1), train_y[:60]
-    found = score(train_x, train_y, test_x, test_y, **SETTINGS, validation=(held_x, held_y))
+    found = score(train_x, train_y, test_x, test_y, SETTINGS, (held_x, held_y))
     train = Samples.standardised(train_x)
     drawn = [tsvm._partly(train_y, tsvm.draw(train_y, 4, (0, i))) for i in range(3)]
-    tried = [(c, u) for c in SETTINGS["c_grid"] for u in TRIED]
+    tried = [(c, u) for c in SETTINGS.c_grid for u in TRIED]
     accuracies = [TSVM(c, u).fit(train, drawn[0]).score(train.like(held_x), held_y) for c, u in tried]
     c, u = tried[int(np.argmax(accuracies))]
     tests = [TSVM(c, u).fit(train, y).score(train.like(test_x), test_y) for y in drawn]
@@ -367,7 +368,7 @@ def test_the_choice_is_the_best_on_validation_and_the_score_that_of_its_draws():
 
 def test_the_seed_decides_the_score():
     arrays = split(spread=2.0)
-    runs = [score(*arrays, **SETTINGS, seed=seed) for seed in (0, 0, 1, 2)]
+    runs = [score(*arrays, SETTINGS.model_copy(update={"seed": seed})) for seed in (0, 0, 1, 2)]
     assert runs[0] == runs[1]
     assert any(run != runs[0] for run in runs)
 
@@ -375,13 +376,9 @@ def test_the_seed_decides_the_score():
 def test_refusals_of_score():
     train_x, train_y, test_x, test_y = split()
     with pytest.raises(ValueError, match="train has no image of class 2, which test has"):
-        score(train_x[train_y != 2], train_y[train_y != 2], test_x, test_y, **SETTINGS)
-    with pytest.raises(ValueError, match="draws=1 and"):
-        score(train_x, train_y, test_x, test_y, **{**SETTINGS, "draws": 1})
-    with pytest.raises(ValueError, match=r"c_grid=\(\)"):
-        score(train_x, train_y, test_x, test_y, **{**SETTINGS, "c_grid": ()})
+        score(train_x[train_y != 2], train_y[train_y != 2], test_x, test_y, SETTINGS)
     with pytest.raises(ValueError, match=r"labels_per_class=100, but class \d has 5\d labels"):
-        score(train_x, train_y, test_x, test_y)
+        score(train_x, train_y, test_x, test_y, Evaluate())
     test_x[0, 0] = np.nan
     with pytest.raises(ValueError, match="test features hold nan: image 0, feature 0"):
-        score(train_x, train_y, test_x, test_y, **SETTINGS)
+        score(train_x, train_y, test_x, test_y, SETTINGS)

@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,8 @@ from dcgan.evaluate import EVALUATORS, samples
 from dcgan.evaluate.published import PAPER, PUBLISHED
 from dcgan.evaluate.samples import NotConvergedError
 from dcgan.reproduce import TABLES, clustering, image_quality, measure, mnist, page, record, svhn
-from dcgan.reproduce.rows import Column, Figure, Measured, Row, Setting, Table, check, features, home, merged
+from dcgan.reproduce.overrides import check, home
+from dcgan.reproduce.rows import Column, Figure, Measured, Row, Setting, Table, features, merged
 
 SMALL = ("digits/train.steps=4", "digits/train.checkpoint_every=2", "digits/train.batch_size=32", "compute.workers=0")
 MODEL = ("digits/model.width=4", "digits/evaluate.labels=200", "digits/evaluate.labels_per_class=5")
@@ -48,27 +51,30 @@ def broken(setting: Setting) -> Measured:
 
 
 def trained(setting: Setting) -> Measured:
-    run = setting.extracted("digits")
+    run = setting.extracted("digits", ["svm", "knn"])
     return merged(features(run, "svm", {"a": "svm/accuracy"}), features(run, "knn", {"b": "knn/accuracy"}))
 
 
 class Digits(Setting):
     """scikit-learn's digits in the place of any data set."""
 
-    def experiment(self, preset: config.DataSet, *words: str) -> config.Experiment:
-        return super().experiment("digits", *words)
+    def experiment(
+        self, preset: config.DataSet, *words: str, protocols: Sequence[config.Protocol] = ()
+    ) -> config.Experiment:
+        return super().experiment("digits", *words, protocols=protocols)
 
 
+DIGITS: tuple[config.DataSet, ...] = ("digits",)
 TABLE = Table(
     "Tiny",
     (Column("a", "accuracy, %", percent=True), Column("b", "error")),
     (
-        Row("counted", "counted", {"a": Figure(0.25, 0.01)}, "Someone, 2015", counted),
-        Row("absent", "absent", {}, "", without_data),
-        Row("unstandardised", "unstandardised", {}, "", unstandardised),
-        Row("broken", "broken", {}, "", broken),
+        Row("counted", "counted", {"a": Figure(0.25, 0.01)}, "Someone, 2015", counted, DIGITS),
+        Row("absent", "absent", {}, "", without_data, DIGITS),
+        Row("unstandardised", "unstandardised", {}, "", unstandardised, DIGITS),
+        Row("broken", "broken", {}, "", broken, DIGITS),
         Row("quoted", "quoted", {"a": Figure(0.75)}, "Someone, 2015", "not measured: another model"),
-        Row("trained", "trained", {}, "", trained),
+        Row("trained", "trained", {}, "", trained, DIGITS),
     ),
     "A note.",
 )
@@ -137,7 +143,7 @@ def test_a_record_names_the_code_that_measured_trained_and_scored(
         code[0] = "later"  # a commit while the row is measured
         return found
 
-    monkeypatch.setitem(TABLES, "tiny", replace(TABLE, rows=(Row("trained", "trained", {}, "", changing),)))
+    monkeypatch.setitem(TABLES, "tiny", replace(TABLE, rows=(Row("trained", "trained", {}, "", changing, DIGITS),)))
     words = (*tiny, *SMALL, *MODEL)
     assert measure.one("tiny", "trained", words, seeds=1)["commit"] == "trained, first"
     for file in (home(tiny) / "reproduced").rglob("*.json"):
@@ -176,44 +182,44 @@ def test_only_the_splits_to_be_clustered_are(
         seen.append((len(arguments[1]), len(arguments[3])))
         return dict.fromkeys(clustering.NAMES.values(), 0.5)
 
-    monkeypatch.setattr(clustering.clustering, "score", score)
-    monkeypatch.setitem(EVALUATORS, "clustering", score)
-    setting = Digits((*tiny, *SMALL, *MODEL), 0, tmp_path / "row")
+    monkeypatch.setitem(EVALUATORS, "clustering", EVALUATORS["clustering"]._replace(score=score))
+    setting = Digits(DIGITS, (*tiny, *SMALL, *MODEL), 0, tmp_path / "row")
     clustering._pixels("tiny_imagenet", setting)
     clustering._features("tiny_imagenet", setting)
     assert set(seen) == {(1412, 0)}
-    assert len(seen) == 4  # pixels; and of a run its discriminator, the same at random init, and pixels
+    assert len(seen) == 3  # pixels, which are the control of the other row, too; a discriminator, also at random init
 
 
 def test_how_many_labels_a_draw_has_is_said(tiny: tuple[str, ...], tmp_path: Path) -> None:
-    run = Digits((*tiny, *SMALL, *MODEL), 0, tmp_path / "row").extracted("digits")
+    run = Digits(DIGITS, (*tiny, *SMALL, *MODEL), 0, tmp_path / "row").extracted("digits", ["svm_few_labels"])
     found = features(run, "svm_few_labels", {"few": "svm_few_labels/accuracy"})
     assert found.choices["labels per class"] == 5
 
 
 def test_more_neighbours_than_a_draw_has_labels_are_refused_before_training(tmp_path: Path) -> None:
-    setting = Setting((f"data.home={tmp_path}", "evaluate.neighbours=[1,2000]"), 0, tmp_path / "row")
+    setting = Setting(svhn.SVHN, (f"data.home={tmp_path}", "evaluate.neighbours=[1,2000]"), 0, tmp_path / "row")
     with pytest.raises(ValueError, match=r"evaluate\.neighbours=2000, but a draw has only 1000 labels"):
-        svhn._on_features("knn_few_labels", svhn._knn, setting)
+        svhn._on_features(svhn.KNN, setting)
 
 
 def test_a_row_on_features_goes_on_with_the_bank_that_failed(
     tiny: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    setting = Digits((*tiny, *SMALL, *MODEL), 0, home(tiny) / "own")
-    monkeypatch.setattr(stages, "representation", lambda run, source, split: source)
+    setting = Digits(DIGITS, (*tiny, *SMALL, *MODEL), 0, home(tiny) / "own")
     seen = []
 
-    def score(settings: Any, banks: dict[str, Any], labels: dict[str, Any]) -> dict[str, float]:
-        seen.append(banks["test"])
-        if seen == ["discriminator", "random_init"]:
+    def score(train_x: np.ndarray, *_: Any) -> dict[str, float]:
+        seen.append(train_x.mean())
+        if len(seen) == 2:
             raise OSError("a full disk")
         return {f"tsvm/{name}": 0.25 * len(seen) for name in ("accuracy", "accuracy_std", "validation_accuracy", "c")}
 
+    evaluator = svhn.TSVM._replace(score=score)
     with pytest.raises(OSError, match="a full disk"):
-        svhn._on_features("tsvm", score, setting)
-    found = svhn._on_features("tsvm", score, setting)
-    assert seen == ["discriminator", "random_init", "random_init"]
+        svhn._on_features(evaluator, setting)
+    found = svhn._on_features(evaluator, setting)
+    assert seen[0] != seen[1] == seen[2]
+    assert len(seen) == 3
     assert found.figures["error"].value == 0.75
     assert found.controls["random init"]["error"].value == 0.25
     assert found.choices["discriminator c"] == 0.25
@@ -234,9 +240,9 @@ def test_rows_compute_where_the_overrides_say(tiny: tuple[str, ...], monkeypatch
         seen.append(samples.device())
         return Measured({}, "")
 
-    monkeypatch.setitem(TABLES, "tiny", replace(TABLE, rows=(Row("where", "where", {}, "", where),)))
+    monkeypatch.setitem(TABLES, "tiny", replace(TABLE, rows=(Row("where", "where", {}, "", where, DIGITS),)))
     measure.one("tiny", "where", (*tiny, "compute.device=cpu"), seeds=1)
-    measure.one("tiny", "where", tiny, seeds=1)
+    measure.one("tiny", "where", (*tiny, "train.steps=7"), seeds=1)
     assert seen == ["cpu", "cuda"]
 
 
@@ -244,6 +250,54 @@ def test_other_settings_are_measured_anew(tiny: tuple[str, ...]) -> None:
     measure.one("tiny", "counted", tiny, seeds=1)
     measure.one("tiny", "counted", (*tiny, "train.steps=7"), seeds=1)
     assert len(list((home(tiny) / "reproduced").rglob("call-*"))) == 2
+
+
+def test_what_cannot_change_a_row_is_no_reason_to_measure_it_anew(tiny: tuple[str, ...]) -> None:
+    """Another data set's source, added because its row asked for it; the order; what is computed where."""
+    words = ("train.steps=7", "digits/train.batch_size=32")
+    measure.one("tiny", "counted", (*tiny, *words), seeds=1)
+    same = (*tiny, "imagenet32/data.source=x", *words[::-1], "data.offline=true", "compute.workers=0")
+    measure.one("tiny", "counted", same, seeds=1)
+    assert len(list((home(tiny) / "reproduced").rglob("call-*"))) == 1
+    measure.one("tiny", "counted", (*same, "data.source=y"), seeds=1)
+    measure.one("tiny", "counted", (*same, "train.steps=8"), seeds=1)
+    assert len(list((home(tiny) / "reproduced").rglob("call-*"))) == 3
+
+
+def test_a_row_uses_no_images_but_its_presets(tmp_path: Path) -> None:
+    with pytest.raises(LookupError, match="images of mnist"):
+        Setting(("cifar10",), (), 0, tmp_path).experiment("mnist")
+
+
+def test_the_imagenet_row_is_scored_on_the_directory_given_for_cifar10(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def extracted(self: Setting, preset: config.DataSet, protocols: Sequence[config.Protocol], *words: str) -> None:
+        seen.append(self.experiment(preset, *words, protocols=protocols))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Setting, "extracted", extracted)
+    (row,) = measure.choose("cifar10", ["dcgan_imagenet"])
+    assert callable(row.measure)
+    with pytest.raises(KeyboardInterrupt):
+        row.measure(Setting(row.presets, (f"cifar10/data.source={tmp_path}",), 0, tmp_path))
+    (experiment,) = seen
+    assert experiment.evaluate.images == "cifar10"
+    assert experiment.evaluate.images_source == str(tmp_path)
+    assert experiment.data.source is None
+
+
+@pytest.mark.parametrize("error", [MemoryError("of 5 GB"), torch.OutOfMemoryError("of 5 GB")])
+def test_a_row_too_large_for_the_machine_says_so(
+    tiny: tuple[str, ...], error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def large(setting: Setting) -> Measured:
+        raise error
+
+    monkeypatch.setitem(TABLES, "tiny", replace(TABLE, rows=(Row("large", "large", {}, "", large, DIGITS),)))
+    assert measure.one("tiny", "large", tiny, seeds=1)["reason"] == "not measured: of 5 GB"
 
 
 def test_one_measurement_keeps_its_own_spread() -> None:
@@ -327,7 +381,8 @@ def test_an_unknown_table_names_the_known_ones() -> None:
 
 
 def test_an_override_for_one_data_set_is_for_it_alone(tmp_path: Path) -> None:
-    setting = Setting(("cifar10/train.steps=7", "train.batch_size=16", "mnist/data.source=/a=b/c"), 3, tmp_path)
+    words = ("cifar10/train.steps=7", "train.batch_size=16", "mnist/data.source=/a=b/c")
+    setting = Setting(("cifar10", "mnist"), words, 3, tmp_path)
     assert setting.experiment("cifar10").train.steps == 7
     assert setting.experiment("cifar10").data.source is None
     assert setting.experiment("mnist").train.steps != 7
@@ -356,7 +411,7 @@ def test_generated_digits_are_neighbours_in_any_number_of_the_same_nets(
     tiny: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mnist, "FEWER", (20, 40, 60))
-    setting = Digits((*tiny, *SMALL, "digits/model.width=4", "digits/model.hidden=8"), 0, home(tiny) / "row")
+    setting = Digits(DIGITS, (*tiny, *SMALL, "digits/model.width=4", "digits/model.hidden=8"), 0, home(tiny) / "row")
     found = mnist._drawn(60, setting)
 
     (run,) = setting.runs.values()
@@ -393,7 +448,7 @@ def test_image_quality_is_that_of_images_drawn_with_or_without_labels(
     monkeypatch.setattr(image_quality.image_quality, "score", score)
     words = (*tiny, *SMALL, "digits/model.width=4", f"evaluate.inception={tmp_path / 'weights'}")
     (row,) = measure.choose("image_quality", ["conditional" if conditional else "unconditional"])
-    setting = Digits(words, 0, home(tiny) / "row")
+    setting = Digits(DIGITS, words, 0, home(tiny) / "row")
     assert callable(row.measure)
     found = row.measure(setting)
 
@@ -422,7 +477,7 @@ def test_weights_are_calibrated_once_for_all_rows(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(image_quality.image_quality, "calibrate", calibrate)
     for row in ("conditional", "unconditional"):
-        setting = Setting((), 0, tmp_path / "image_quality" / row / "0")
+        setting = Setting(("cifar10",), (), 0, tmp_path / "image_quality" / row / "0")
         image_quality._calibration(setting, np.zeros(0), weights)
     assert len(calls) == 1
 
@@ -434,13 +489,13 @@ def test_draws_of_svhn_are_the_rows_own_unless_the_user_says(home: Path, monkeyp
         draws.append(arguments[4].draws)
         return {f"knn_few_labels/{name}": 0.5 for name in ("accuracy", "accuracy_std", "validation_accuracy")}
 
-    monkeypatch.setattr(svhn.knn, "score_few_labels", score)
+    knn = svhn.KNN._replace(score=score)
     monkeypatch.setattr(Store, "scored", ("train", "test", "validation"))
     monkeypatch.setattr(Store, "images", lambda *_: np.zeros((4, 1, 2, 2), np.uint8))
     monkeypatch.setattr(Store, "labels", lambda *_: np.zeros(4, np.int64))
     for own in ((), ("digits/evaluate.draws=3",)):
-        setting = Digits((f"data.home={home}", "compute.workers=0", *own), 0, home / "row")
-        found = svhn._in_pixels("knn_few_labels", svhn._knn, setting)
+        setting = Digits(DIGITS, (f"data.home={home}", "compute.workers=0", *own), 0, home / "row")
+        found = svhn._in_pixels(knn, setting)
     assert draws == [10, 3]
     assert found.figures["error"].of == "3 draws"
 
@@ -502,6 +557,7 @@ def test_every_table_is_whole(name: str) -> None:
         assert set(row.published) <= columns
         assert bool(row.published) == bool(row.source), "a published figure has a source, and only such a one"
         assert callable(row.measure) or row.measure.startswith("not measured: ")
+        assert callable(row.measure) == bool(row.presets)
     assert measure.choose(name, [])
 
 
@@ -522,8 +578,8 @@ def test_published_figures_are_those_of_the_paper() -> None:
 def test_test_labels_decide_no_choice(tiny: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Shuffled test labels change accuracies on test and nothing that is chosen, checkpoint included."""
     overrides = (*tiny, *SMALL, *MODEL)
-    setting = Setting(overrides, 0, home(tiny))
-    run = setting.extracted("digits", "evaluate.draws=2")
+    protocols: list[config.Protocol] = ["svm", "svm_few_labels", "knn"]
+    run = Setting(DIGITS, overrides, 0, home(tiny)).extracted("digits", protocols, "evaluate.draws=2")
     chosen, accuracy = _chosen(run)
     honest = type(run.store()).labels
 
@@ -532,8 +588,8 @@ def test_test_labels_decide_no_choice(tiny: tuple[str, ...], monkeypatch: pytest
         return labels if splits != ("test",) else (labels + 1) % len(self.classes)
 
     monkeypatch.setattr(type(run.store()), "labels", shuffled)
-    for file in (run.path / "scores").iterdir():
-        file.unlink()
+    shutil.rmtree(run.path / "scores")
+    shutil.rmtree(home(tiny) / "scores")
     assert _chosen(run)[0] == chosen
     assert all(now < before for now, before in zip(_chosen(run)[1], accuracy, strict=True))
 

@@ -1,0 +1,93 @@
+"""Scores features by a protocol, beside two controls: the same net before training, and raw pixels.
+
+What each of the three gives is kept under `<home>/scores/`, by a name that covers everything it depends on: features,
+labels, the settings that the protocol reads, and the code of `dcgan.evaluate`. So an interrupted evaluation continues,
+and runs on the same images share the scores of their pixels.
+"""
+
+import time
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dcgan import checkpoint, evaluate, features, storage, summary
+from dcgan.config import Evaluate, digest
+from dcgan.data.store import Store
+from dcgan.evaluate import Evaluator
+from dcgan.run import Run
+
+REPRESENTATIONS = ("discriminator", "random_init", "raw_pixels")
+
+
+class Scores(NamedTuple):
+    """values: {metric: value}. seconds, commit: what computing them took, and of which code."""
+
+    values: dict[str, float]
+    seconds: float
+    commit: str
+
+
+def of_run(run: Run, evaluator: Evaluator, source: str) -> Scores:
+    """The scores of one of REPRESENTATIONS of a run. Raises FileNotFoundError if its features were not extracted."""
+    store, settings = run.scored_store(), run.experiment.evaluate
+    if source == "raw_pixels":
+        return of_pixels(run.home, store, settings, evaluator)
+    step = int(checkpoint.chosen(run).name) if source == "discriminator" else 0
+    identity = features.fingerprint(run, source, step)
+    return _once(run.home, store, settings, evaluator, identity, partial(features.read_bank, run, source, step))
+
+
+def of_pixels(home: Path, store: Store, settings: Evaluate, evaluator: Evaluator) -> Scores:
+    """The scores of the images themselves, float32 (N, C * H * W) in [0, 1]."""
+    return _once(home, store, settings, evaluator, "pixels", lambda split: raw_pixels(store.images(split)))
+
+
+def raw_pixels(images: np.ndarray) -> np.ndarray:
+    """uint8 (N, C, H, W) as float32 (N, C * H * W) in [0, 1]."""
+    pixels = images.reshape(len(images), -1).astype(np.float32)
+    pixels /= 255  # in place: a float32 copy of Tiny ImageNet takes 5 GB
+    return pixels
+
+
+def used(evaluator: Evaluator, settings: Evaluate) -> dict[str, Any]:
+    """The settings that a protocol reads."""
+    return settings.model_dump(mode="json", include=set(evaluator.settings))
+
+
+def _once(
+    home: Path,
+    store: Store,
+    settings: Evaluate,
+    evaluator: Evaluator,
+    identity: str,
+    load: Callable[[str], np.ndarray],
+) -> Scores:
+    """identity: of the features that `load` gives for a split of the store."""
+    covered = [evaluator.name, store.fingerprint, identity, used(evaluator, settings), _code()]
+    file = home / "scores" / f"{digest(covered)}.json"
+    return Scores(**storage.once(file, partial(_compute, store, settings, evaluator, load)))
+
+
+def _compute(
+    store: Store, settings: Evaluate, evaluator: Evaluator, load: Callable[[str], np.ndarray]
+) -> dict[str, Any]:
+    began, commit = time.perf_counter(), summary.commit()
+    if evaluator.name == "clustering":
+        labels = {split: store.groups(split) for split in store.clustered}
+    else:
+        labels = {split: store.labels(split) for split in store.scored}
+    splits = {split: (load(split), labels[split]) for split in labels}
+    train = splits["train"]
+    test = splits.get("test", (train[0][:0], train[1][:0]))  # a data set that is clustered whole has none
+    values = evaluator.score(*train, *test, settings, splits.get("validation"))
+    return {"values": values, "seconds": time.perf_counter() - began, "commit": commit}
+
+
+@cache
+def _code() -> str:
+    """The digest of the modules that scores depend on, also where they differ from a commit."""
+    sources = sorted(Path(evaluate.__file__).parent.glob("*.py"))
+    return storage.digest(b"".join(source.read_bytes() for source in sources))
