@@ -2,7 +2,7 @@
 # make test    lint, types and every test except those that need a CUDA device (tests/gpu)
 # make check   lint and types
 # make bench   compare training with PyTorch's DCGAN tutorial here; writes docs/performance.md: an hour on 2 cores
-# make ui      MLflow and Prefect in the browser, with everything run so far, until Ctrl-C
+# make ui      MLflow and Prefect with everything run so far, to look at in a browser, until Ctrl-C
 # make up      Prefect, MLflow and a worker in the background, with everything in prefect.yaml deployed
 # make down    stop them
 #
@@ -18,6 +18,7 @@ BIN = .venv/bin
 export DCGAN_HOME ?= $(CURDIR)/var
 export PREFECT_HOME = $(DCGAN_HOME)/prefect
 export PREFECT_SERVER_ANALYTICS_ENABLED = false
+export PREFECT_FLOWS_HEARTBEAT_FREQUENCY = 30
 export PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS = 180
 export DO_NOT_TRACK = 1
 export MLFLOW_DISABLE_TELEMETRY = true

@@ -65,6 +65,8 @@ ENCODED: tuple[DataSet, ...] = (
     "tiny_imagenet",
     "folder",
 )
+WITHOUT_LABELS: tuple[DataSet, ...] = ("celeba", "lfw", "lsun", "stl10")  # or those trained on have none
+GREY: tuple[DataSet, ...] = ("digits", "mnist")
 ONLY_FOR: dict[str, tuple[DataSet, ...]] = {
     "test_fraction": ("digits", "lfw", "folder"),
     "unreadable": ENCODED,
@@ -102,6 +104,11 @@ class Experiment(Section):
         for key, names in ONLY_FOR.items():
             if self.data.name not in names and getattr(self.data, key) != Data.model_fields[key].default:
                 raise ValueError(f"data.{key} is for {', '.join(names)}, not for {self.data.name}")
+        if self.model.conditional and self.data.name in WITHOUT_LABELS:
+            raise ValueError(f"model.conditional=true needs images with labels; those of {self.data.name} have none")
+        images = self.evaluate.images
+        if images is not None and (images in GREY) != (self.data.name in GREY):
+            raise ValueError(f"evaluate.images={images}: {' and '.join(GREY)} are grey, and the others in colour")
         return self
 
     @property

@@ -80,7 +80,7 @@ def batch_statistics(discriminator: Discriminator, store: Store, device: torch.d
 
     The part starts at position `part` * PART of one fixed shuffled order. The net's own statistics are lost.
     """
-    norms = _norms(discriminator)
+    norms = models.norms(discriminator)
     extractor = Extractor(discriminator.train()).to(device).to(memory_format=layout(device))
     images = Images(store, store.training)
     order = batches.permutation(images.count, 0, 0)[:CALIBRATION][part * PART : (part + 1) * PART]
@@ -102,15 +102,11 @@ def batch_statistics(discriminator: Discriminator, store: Store, device: torch.d
 
 def _freeze(discriminator: Discriminator, found: Sequence[Statistics]) -> None:
     count = sum(number for number, _ in found)
-    for norm, *parts in zip(_norms(discriminator), *(sums for _, sums in found), strict=True):
+    for norm, *parts in zip(models.norms(discriminator), *(sums for _, sums in found), strict=True):
         mean, variance = torch.from_numpy(sum(parts) / count)
         norm.running_mean.copy_(mean)
         norm.running_var.copy_(variance)
     discriminator.eval()
-
-
-def _norms(discriminator: Discriminator) -> list[Any]:
-    return [m for m in discriminator.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))]
 
 
 def extract(run: Run, maker: Maker = map) -> None:

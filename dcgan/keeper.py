@@ -149,7 +149,7 @@ class _Beside:
     """A thread with its own CUDA stream, whose work starts after what the caller has already launched."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.stream = device, torch.cuda.Stream(device)
+        self.stream = torch.cuda.Stream(device)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="keeper")
         self._pending: deque[Future[None]] = deque()
 

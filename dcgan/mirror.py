@@ -156,7 +156,7 @@ def push_run(run: Path, url: str) -> None:
     known = json.loads(ledger.read_text()) if ledger.exists() else {}
     # What was sent to another address, or is no longer there, counts as not sent.
     sent = {name: state for name, state in known.get("sent", {}).items() if known["url"] == url and name in there}
-    steps = {path.parent for path in (run / "checkpoints").glob(f"*/{storage.MANIFEST}")}
+    steps = {run / "checkpoints" / str(step) for step in _here(run)}  # one that was set aside as corrupt stays here
     for name, state in sorted(_plain(run).items(), key=lambda item: (item[0] == "checkpoints/best.json", item[0])):
         if name == "checkpoints/best.json":
             for step in sorted(steps):
@@ -192,6 +192,11 @@ def _checkpoints(names: Iterable[str]) -> list[str]:
     return [name.removeprefix("checkpoints/") for name in names if name.startswith("checkpoints/")]
 
 
+def _unsealed(names: Iterable[str]) -> list[str]:
+    """The names of a run's files that are not part of a sealed directory."""
+    return [name for name in names if not name.startswith("checkpoints/") or name == "checkpoints/best.json"]
+
+
 def _steps(names: Iterable[str]) -> set[int]:
     """The steps with a manifest among files below checkpoints/."""
     found = (name.split("/") for name in names)
@@ -201,13 +206,17 @@ def _steps(names: Iterable[str]) -> set[int]:
 def pull_run(run: Path, url: str) -> bool:
     """Copy a run from the remote unless it is here and at least as far; False if there is nothing to copy.
 
+    As far: it has as new a checkpoint, and if that is equally new, every file that was made from it, such as scores.
     Raises RemoteError, or BusyError if it is being trained here while another machine continued it.
     """
     remote, at = Remote(url), f"runs/{run.name}"
     there = remote.sizes(at)
     steps = _steps(_checkpoints(there))
-    here = (run / "experiment.json").exists()
-    if "experiment.json" not in there or (here and max(steps, default=-1) <= max(_here(run), default=-1)):
+    if "experiment.json" not in there:
+        return False
+    newest, mine = max(steps, default=-1), max(_here(run), default=-1)
+    complete = all((run / name).exists() for name in _unsealed(there))
+    if (run / "experiment.json").exists() and (newest < mine or (newest == mine and complete)):
         return False
     run.mkdir(parents=True, exist_ok=True)
     with storage.hold(run / ".lock", f"run {run.name}"):
@@ -222,10 +231,12 @@ def _pull_run(remote: Remote, at: str, run: Path, there: Iterable[str], steps: s
     version, is no longer part of the run.
     """
     _check_names(remote, at, there)
-    plain = [name for name in there if not name.startswith("checkpoints/") or name == "checkpoints/best.json"]
-    for name in plain:
-        if name != "experiment.json" and (content := remote.read(f"{at}/{name}")) is not None:
-            storage.write_bytes(run / name, copied_ledger(content) if name == "mlflow.json" else content)
+    for name in set(_unsealed(there)) - {"experiment.json"}:
+        content = remote.read(f"{at}/{name}")
+        if name == "mlflow.json" and content is not None:
+            content = copied_ledger(content, run / name)
+        if content is not None:
+            storage.write_bytes(run / name, content)
     for step in sorted(steps | _here(run)):
         own, other = run / "checkpoints" / str(step), f"{at}/checkpoints/{step}"
         manifest = remote.read(f"{other}/{storage.MANIFEST}")
@@ -237,11 +248,19 @@ def _pull_run(remote: Remote, at: str, run: Path, there: Iterable[str], steps: s
     content = remote.read(f"{at}/experiment.json")
     if content is not None:
         storage.write_bytes(run / "experiment.json", content)
+    sent = {name: state for name, state in _plain(run).items() if name in there}
+    storage.write_json(run / ".remote.json", {"url": remote.url, "sent": sent})  # what is as new there is not sent back
 
 
-def copied_ledger(content: bytes) -> bytes:
-    """What another machine delivered to MLflow, as far as was copied here: it may have delivered more since."""
-    return json.dumps({**json.loads(content), "copied": True}).encode()
+def copied_ledger(content: bytes, here: Path) -> bytes | None:
+    """What another machine delivered to MLflow, as far as was copied here: it may have delivered more since.
+
+    here: the ledger of this machine. None if that is of another server: then this machine goes on with its own.
+    """
+    ledger = json.loads(content)
+    if here.is_file() and json.loads(here.read_bytes()).get("server") != ledger.get("server"):
+        return None
+    return json.dumps({**ledger, "copied": True}).encode()
 
 
 @contextmanager

@@ -11,6 +11,8 @@ those of the rank's own batch: ranks share gradients, not statistics. Epsilon is
 overflows on a dead channel in bfloat16.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -31,6 +33,29 @@ def initialise(module: nn.Module, generator: torch.Generator) -> None:
             nn.init.normal_(layer.weight, 0.0, INIT_STD, generator=generator)
         elif isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)) and layer.affine:
             nn.init.normal_(layer.weight, 1.0, INIT_STD, generator=generator)
+
+
+def norms(net: nn.Module) -> list[Any]:
+    """The BatchNorm layers of a net, in the order of its modules."""
+    return [layer for layer in net.modules() if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d))]
+
+
+class _Uncounted(nn.modules.batchnorm._BatchNorm):
+    """BatchNorm that does not count its batches: nothing reads that, and on CUDA it is a kernel per layer and pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        momentum = self.momentum
+        assert momentum is not None  # the mean over all batches would need their number
+        mean, variance = self.running_mean, self.running_var
+        return F.batch_norm(x, mean, variance, self.weight, self.bias, self.training, momentum, self.eps)
+
+
+class BatchNorm1d(_Uncounted, nn.BatchNorm1d):
+    """Of (N, C)."""
+
+
+class BatchNorm2d(_Uncounted, nn.BatchNorm2d):
+    """Of (N, C, H, W)."""
 
 
 def join(x: Tensor, onehot: Tensor | None) -> Tensor:
@@ -74,16 +99,16 @@ class Generator(_Network):
         if model.hidden:
             self.hidden = nn.Sequential(
                 nn.Linear(model.z_dim + self.labels, model.hidden, bias=False),
-                nn.BatchNorm1d(model.hidden, affine=model.affine),
+                BatchNorm1d(model.hidden, affine=model.affine),
             )
         self.project = nn.Linear((model.hidden or model.z_dim) + self.labels, top * self.side**2, bias=False)
         # The original code normalises each projected unit; pytorch/examples, whose projection is a transposed
         # convolution, each channel. The published parameter counts differ by that.
         self.project_norm: nn.Module
         if model.kernel == 4:
-            self.project_norm = nn.BatchNorm2d(top, affine=model.affine)
+            self.project_norm = BatchNorm2d(top, affine=model.affine)
         else:
-            self.project_norm = nn.BatchNorm1d(top * self.side**2, affine=model.affine)
+            self.project_norm = BatchNorm1d(top * self.side**2, affine=model.affine)
         padding, output_padding = GEOMETRY[model.kernel]
         plan = self._plan(channels)
         self.convs = nn.ModuleList(
@@ -98,7 +123,7 @@ class Generator(_Network):
             )
             for before, after, stride in plan
         )
-        self.norms = nn.ModuleList(nn.BatchNorm2d(after, affine=model.affine) for _, after, _ in plan[:-1])
+        self.norms = nn.ModuleList(BatchNorm2d(after, affine=model.affine) for _, after, _ in plan[:-1])
 
     def _plan(self, channels: int) -> list[tuple[int, int, int]]:
         """(channels in, channels out, stride) of each transposed convolution."""
@@ -149,13 +174,13 @@ class Discriminator(_Network):
             Conv2d(before + self.labels, after, model.kernel, stride, padding, bias=False)
             for before, after, stride in plan
         )
-        self.norms = nn.ModuleList(nn.BatchNorm2d(after, affine=model.affine) for after in self.channels[1:])
+        self.norms = nn.ModuleList(BatchNorm2d(after, affine=model.affine) for after in self.channels[1:])
         flat = self.channels[-1] * self.side**2
         self.hidden = None
         if model.hidden:
             self.hidden = nn.Sequential(
                 nn.Linear(flat + self.labels, model.hidden, bias=False),
-                nn.BatchNorm1d(model.hidden, affine=model.affine),
+                BatchNorm1d(model.hidden, affine=model.affine),
             )
         self.output = nn.Linear((model.hidden or flat) + self.labels, 1, bias=False)
 

@@ -32,8 +32,15 @@ class Player:
         self._played: dict[int, int] = {}  # kind of step: how often
         self._names: dict[int, list[str]] = {}  # kind of step: the metrics it gives
         self._recorded: dict[int, _Recorded] = {}
-        recording = graph and game.place.device.type == "cuda" and distributed.recordable(game.place)
+        self._warm_up = WARM_UP if game.place.world == 1 else WARM_UP_OF_RANKS
+        self._cuda = game.place.device.type == "cuda"
+        recording = graph and self._cuda and distributed.recordable(game.place)
         self._recorder = torch.cuda.Stream() if recording else None
+
+    def settling(self, step: int) -> bool:
+        """Whether this step, on CUDA, is among the first of its kind: nothing else may use the device meanwhile."""
+        kind = self.game.kind(step)
+        return self._cuda and kind not in self._recorded and self._played.get(kind, 0) <= self._warm_up
 
     def play(self, step: int, batch: Batch) -> None:
         """Play a step on its batch and add its metrics to the sums."""
@@ -41,10 +48,11 @@ class Player:
         kind = self.game.kind(step)
         if kind in self._recorded:
             self._recorded[kind](batch)
-        elif self._recorder is None:
+        elif not self.settling(step):
             self._play(step, batch)
         else:
-            self._play_or_record(step, batch, self._recorder)
+            with _timing():
+                self._settle(step, batch)
         for name in self._names[kind]:
             self.counts[name] = self.counts.get(name, 0) + 1
 
@@ -55,7 +63,12 @@ class Player:
         self.counts.clear()
 
     def close(self) -> None:
-        """Forget what was recorded: NCCL waits for graphs with its collectives before a process group can end."""
+        """Forget what was recorded: NCCL waits for graphs with its collectives before a process group can end.
+
+        Also where an error is under way, whose traceback still refers to a graph.
+        """
+        for each in self._recorded.values():
+            each.graph.reset()
         self._recorded.clear()
 
     def _play(self, step: int, batch: Batch) -> None:
@@ -68,19 +81,20 @@ class Player:
                 self.sums[name] = torch.zeros((), device=self.game.place.device)
         torch._foreach_add_([self.sums[name] for name in metrics], list(metrics.values()))
 
-    def _play_or_record(self, step: int, batch: Batch, stream: torch.cuda.Stream) -> None:
-        """Play the first steps on a side stream, as recording requires; record the next one."""
-        kind = self.game.kind(step)
+    def _settle(self, step: int, batch: Batch) -> None:
+        """Play the first steps, if they are to be recorded on a side stream, as that requires; record the next one."""
+        kind, stream = self.game.kind(step), self._recorder
         played = self._played[kind] = self._played.get(kind, 0) + 1
-        with _timing():
-            if played <= (WARM_UP if self.game.place.world == 1 else WARM_UP_OF_RANKS):
-                stream.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(stream):
-                    self._play(step, batch)
-                torch.cuda.current_stream().wait_stream(stream)
-                return
+        if stream is None:
+            self._play(step, batch)
+        elif played <= self._warm_up:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self._play(step, batch)
+            torch.cuda.current_stream().wait_stream(stream)
+        else:
             self._recorded[kind] = _Recorded(lambda inputs: self._play(step, inputs), batch, stream)
-        self._recorded[kind](batch)
+            self._recorded[kind](batch)
 
 
 @contextmanager
@@ -105,7 +119,7 @@ class _Recorded:
             with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
                 function(self.inputs)
         except RuntimeError as error:
-            raise RuntimeError(
+            raise ValueError(  # a setting helps, and another attempt would not
                 f"a step can't be recorded as a CUDA graph; compute.graph=false does without: {error}"
             ) from error
 

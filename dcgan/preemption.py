@@ -29,13 +29,13 @@ def awaited(run: Run) -> Iterator[None]:
     KeyboardInterrupt, whatever SIGTERM did before: other exceptions of a handler Ray prints and forgets while it waits
     for workers. Nothing changes where SIGTERM is ignored, or outside the main thread, where signals can't be handled.
     """
-    before = signal.getsignal(signal.SIGTERM)
+    before, file = signal.getsignal(signal.SIGTERM), run.path / FILE
+    file.unlink(missing_ok=True)  # left by a killed process
     if threading.current_thread() is not threading.main_thread() or before in (signal.SIG_IGN, None):
         yield
         return
     act = before if callable(before) else signal.default_int_handler
-    file, asked = run.path / FILE, threading.Event()
-    file.unlink(missing_ok=True)  # left by a killed process
+    asked = threading.Event()
     again = threading.Timer(GRACE, os.kill, (os.getpid(), signal.SIGTERM))
     again.daemon = True
 
@@ -69,12 +69,12 @@ class Request:
         self.file, self.place = run.path / FILE, place
         self._due, self._seen = 0.0, False
 
-    def __call__(self, logging: bool) -> bool:
-        """After every step; logging: whether the metrics are read after this one.
+    def __call__(self, waiting: bool) -> bool:
+        """After every step; waiting: whether the device is waited for after this one, to read metrics or to save.
 
-        Several ranks have to agree, which on CUDA would wait for the device: there they do where `logging` does, too.
+        Several ranks have to agree, for which on CUDA they would wait for it: there they do only after such steps.
         """
-        if self.place.world > 1 and self.place.device.type == "cuda" and not logging:
+        if self.place.world > 1 and self.place.device.type == "cuda" and not waiting:
             return False
         if (now := time.monotonic()) >= self._due:
             self._due, self._seen = now + LOOK, self.file.exists()

@@ -57,7 +57,9 @@ class Remote:
                 raise
             except _faults() as error:
                 problem = f"{what} {self.url}/{path}: {type(error).__name__}: {' '.join(str(error).split())}"
-                if attempt == ATTEMPTS or type(error).__name__ == "NoCredentialsError":
+                if type(error).__name__ == "NoCredentialsError":
+                    raise PermissionError(problem) from error
+                if attempt == ATTEMPTS:
                     raise RemoteError(f"{problem} (after {attempt} attempts)") from error
                 log.warning("%s; trying again", problem)
                 time.sleep(FIRST_WAIT * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))

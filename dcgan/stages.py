@@ -227,20 +227,23 @@ def evaluate(run: Run, protocol: Protocol) -> dict[str, dict[str, float]]:
 
 
 def report(run: Run) -> Path:
-    """Write report.html and deliver the run to MLflow; returns the page's path.
+    """Write report.html and deliver the run to MLflow, as finished if it is; returns the page's path.
 
     If MLflow can't be reached, a warning says so and nothing is lost: `dcgan sync`, or the next run, delivers it.
     """
+    from dcgan import checkpoint, tracking
     from dcgan import report as page
-    from dcgan import tracking
 
-    tracking.start(run)
+    finished = max(checkpoint.steps(run), default=0) >= run.experiment.train.steps
+    if finished:
+        tracking.start(run)
     file = page.write(run)
     try:
         tracking.sync(run)
     except tracking.TrackingError as error:
         log.warning("%s; `dcgan sync %s` delivers the run when it is back", error, run.name)
-    tracking.finish(run, "FINISHED")
+    if finished:
+        tracking.finish(run, "FINISHED")
     _push(run)
     return file
 

@@ -27,6 +27,8 @@ def real_loss(logits: Tensor, smoothing: float) -> Tensor:
     -(1-s) log D - s log(1-D), where -log sigmoid(l) = softplus(-l).
     """
     logits = logits.float()
+    if smoothing == 0:
+        return F.softplus(-logits).mean()
     return ((1 - smoothing) * F.softplus(-logits) + smoothing * F.softplus(logits)).mean()
 
 
@@ -115,18 +117,20 @@ class Game:
         with net.no_sync() if isinstance(net, nn.parallel.DistributedDataParallel) else nullcontext():
             with self._autocast():
                 real_logits = net(real, labels)
+            real_logits = real_logits.float()
             loss_real = real_loss(real_logits, self.settings.label_smoothing)
             loss_real.backward()
         with self._autocast():
             fake_logits = net(fake, labels)
+        fake_logits = fake_logits.float()
         loss_fake = fake_loss(fake_logits)
         loss_fake.backward()
         norm = _gradient_norm(self.discriminator.parameters())
         self.d_optimizer.step()
         return {
             "d_loss": (loss_real + loss_fake).detach(),
-            "d_real": real_logits.detach().float().sigmoid().mean(),
-            "d_fake": fake_logits.detach().float().sigmoid().mean(),
+            "d_real": real_logits.detach().sigmoid().mean(),
+            "d_fake": fake_logits.detach().sigmoid().mean(),
             "d_grad_norm": norm,
         }
 
@@ -151,7 +155,8 @@ class Game:
         averaged: list[Tensor] = list(self.average.parameters())
         current: list[Tensor] = list(self.generator.parameters())
         torch._foreach_lerp_(averaged, current, 1 - self.settings.ema)
-        torch._foreach_copy_(list(self.average.buffers()), list(self.generator.buffers()))
+        own, theirs = (_floating(net.buffers()) for net in (self.average, self.generator))
+        torch._foreach_copy_(own, theirs)
 
     def _autocast(self) -> torch.autocast:
         dtype = self.numerics.dtype
@@ -167,6 +172,11 @@ def _adam(net: nn.Module, settings: Train, rate: Tensor) -> torch.optim.Adam:
         fused=True,
         capturable=rate.is_cuda,
     )
+
+
+def _floating(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Without BatchNorm's counters: tensors of one type are copied by a single kernel."""
+    return [each for each in tensors if each.is_floating_point()]
 
 
 def _gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:

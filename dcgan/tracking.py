@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import secrets
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -53,8 +54,9 @@ class Ledger:
     """What has been delivered to the run's MLflow run, and what that should look like. Times are in ms since 1970.
 
     images: metrics up to this many images seen have arrived. sent: item to the version of it that has arrived.
-    pending: items being sent; after a crash or a lost answer, the server is asked whether one arrived. copied: it came
-    from another machine and may be older than what that one delivered last, so the server is asked about the rest.
+    pending: items being sent; after a crash or a lost answer, the server is asked whether one arrived. server: where
+    the MLflow run is. copied: it came from another machine and may be older than what that one delivered last, so the
+    server is asked about the rest.
     """
 
     path: Path
@@ -68,6 +70,7 @@ class Ledger:
     images: int = -1
     sent: dict[str, str] = field(default_factory=dict)
     pending: list[str] = field(default_factory=list)
+    server: str = ""
     copied: bool = False
 
     @classmethod
@@ -128,9 +131,15 @@ def uri(home: Path) -> str:
 
 
 def without_password(address: str) -> str:
-    """An address as it may be shown."""
+    """An address as it may be shown: also without a user, which may be a token."""
     parts = urlsplit(address)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if parts.password else address
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if "@" in parts.netloc else address
+
+
+def server(home: Path) -> str:
+    """What tells one record of MLflow from another: files of the same path on two machines differ."""
+    address = without_password(uri(home))
+    return address if urlsplit(address).scheme in ("http", "https") else f"{address} on {socket.gethostname()}"
 
 
 def url(run: Run) -> str | None:
@@ -179,32 +188,32 @@ def follow(run: Run) -> Iterator[None]:
     """
     _record_environment(run)
     stop = threading.Event()
-    ended: Literal["FAILED", "KILLED"] | None = None
-    thread = threading.Thread(target=_follow, args=(run, stop), daemon=True, name=f"mlflow {run.name}")
+    end: dict[str, Any] = {}  # how the run has ended, for the last delivery
+    thread = threading.Thread(target=_follow, args=(run, stop, end), daemon=True, name=f"mlflow {run.name}")
     thread.start()
     try:
         yield
     except BaseException as error:
-        ended = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+        end.update(status="KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED", ended=milliseconds())
         raise
     finally:
         stop.set()
         thread.join(PATIENCE)
         if thread.is_alive():
             log.warning("MLflow is slow; `dcgan sync %s` delivers the rest", run.path)
-        elif ended:
-            finish(run, ended)
 
 
 def _record_environment(run: Run) -> None:
     storage.write_json(run.path / "environment.json", summary.environment())
 
 
-def _follow(run: Run, stop: threading.Event) -> None:
+def _follow(run: Run, stop: threading.Event, end: dict[str, Any]) -> None:
     away, pause, delivered = False, SOON, None
     wanted: dict[str, Any] = {"status": "RUNNING", "ended": None}  # once: whoever ends the run may do so meanwhile
     while True:
         last, found = stop.is_set(), _written(run)
+        if last:
+            wanted |= end
         if last or found != delivered:  # an empty delivery costs as much as any other
             try:
                 with _courier(run, **wanted) as courier:
@@ -246,6 +255,9 @@ def _courier(run: Run, **wanted: Any) -> "Iterator[Courier]":
         ledger = Ledger.load(run.path / "mlflow.json")
         for name, value in wanted.items():
             setattr(ledger, name, {**ledger.tags, **value} if name == "tags" else value)
+        if ledger.server not in ("", here := server(run.home)):
+            ledger.forget()
+        ledger.server = here
         ledger.save()
         for name, value in SETTINGS.items():
             os.environ.setdefault(name, value)

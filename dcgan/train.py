@@ -63,16 +63,18 @@ def train(run: Run) -> None:
         with closing(player), closing(data.from_step(start)) as stream, closing(keeper) if keeper else nullcontext():
             if start == 0 and keeper is not None:
                 keeper.keep(0, line=None, drawing=True)
-                keeper.wait()  # in the first steps cuDNN times its algorithms: nothing else may use the device
 
             # Train.
             for step, batch in zip(range(start, settings.steps), stream, strict=False):
+                if keeper is not None and player.settling(step):
+                    keeper.wait()
                 player.play(step, batch)
 
                 # After a step: read the metrics now and then, and keep what is due.
                 done = step + 1
-                stopping = is_asked(logging=done % settings.log_every == 0)
-                saving = done % settings.checkpoint_every == 0 or done == settings.steps or stopping
+                due = done % settings.checkpoint_every == 0
+                stopping = is_asked(waiting=due or done % settings.log_every == 0)
+                saving = due or done == settings.steps or stopping
                 drawing = done % settings.sample_every == 0 or done == settings.steps
                 line = None
                 if saving or drawing:

@@ -67,7 +67,8 @@ def train_eval(preset: Preset, overrides: Sequence[str] = ()) -> dict[str, Any]:
     logging.getLogger("dcgan").setLevel(logging.INFO)
     path = tasks.ingest(preset, overrides)
     run = Run.open(Path(path))
-    tracking.start(run, tags={FLOW_RUN: str(prefect.runtime.flow_run.id)})
+    with run.lock():  # another flow run that trains it keeps its MLflow run to itself
+        tracking.start(run, tags={FLOW_RUN: str(prefect.runtime.flow_run.id)})
     extracted = tasks.extract(tasks.train(path))
     # One by one: each uses every processor, and holds the features of all images.
     states = {protocol: tasks.evaluate(extracted, protocol, return_state=True) for protocol in stages.protocols(run)}
@@ -119,7 +120,8 @@ def main(words: list[str]) -> int:
     result = state.result()
     run = Run.open(Path(result["run"]))
     say("", tables.text_table(run), "", f"Report   {run.path / 'report.html'}", f"Samples  {run.samples}", sep="\n")
-    say(f"MLflow   {result['mlflow'] or tracking.uri(run.home)}", "", "To look at all of it: make ui", sep="\n")
+    where = result["mlflow"] or tracking.without_password(tracking.uri(run.home))
+    say(f"MLflow   {where}", "", "To look at all of it: make ui", sep="\n")
     return 0
 
 

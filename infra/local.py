@@ -64,6 +64,7 @@ ENVIRONMENT = {
     "PREFECT_HOME": str(HOME / "prefect"),
     "PREFECT_API_URL": f"{PREFECT}/api",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # seconds; zombies.json counts on it
     "DO_NOT_TRACK": "1",
     "MLFLOW_TRACKING_URI": MLFLOW,
     "MLFLOW_DISABLE_TELEMETRY": "true",

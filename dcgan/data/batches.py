@@ -5,8 +5,10 @@ So a resumed run needs no saved generator state, and the ranks' batches together
 
 import mmap
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +22,7 @@ from dcgan.distributed import Place, share
 ORDER, NOISE = range(2)  # independent random streams of one seed
 RESIDENT_SHARE = 0.5  # of a GPU's free memory, for the images; the nets at 128 px need the rest
 AHEAD = 4  # blocks that the reading thread prepares in advance
+DRAWING = 4  # threads that draw z: for a batch of 1,024 one takes longer than a GPU takes for the step
 BLOCK = 16  # steps whose rows and z go to a GPU in one copy; a step at 32 px takes less time than a copy's overhead
 
 
@@ -148,17 +151,21 @@ class Batches:
         device = self.place.device
         images = self.images.resident(device)
         labels = torch.from_numpy(self.images.labels).to(device)
-        for rows, z in self._ahead(self._block, step, BLOCK):
-            rows, z = rows.to(device, non_blocking=True), z.to(device, non_blocking=True)
-            for each, noise in zip(rows, z, strict=True):
-                yield Batch(images[each], labels[each], noise)
+        with (
+            ThreadPoolExecutor(DRAWING, "noise") as pool,
+            closing(self._ahead(partial(self._block, pool), step, BLOCK)) as blocks,
+        ):
+            for rows, z in blocks:
+                rows, z = rows.to(device, non_blocking=True), z.to(device, non_blocking=True)
+                for each, noise in zip(rows, z, strict=True):
+                    yield Batch(images[each], labels[each], noise)
 
     def _streamed(self, step: int) -> Stream:
         device = self.place.device
         for batch in self._ahead(self._read, step, 1):
             yield Batch(*(part.to(device, non_blocking=True) for part in batch))
 
-    def _ahead(self, read: Callable[[int], Parts], step: int, stride: int) -> Iterator[Parts]:
+    def _ahead(self, read: Callable[[int], Parts], step: int, stride: int) -> Generator[Parts]:
         """read(step), read(step + stride), ..., prefetched by one thread."""
         with ThreadPoolExecutor(1, thread_name_prefix="batches") as reader:
             ahead = deque(reader.submit(read, step + i * stride) for i in range(AHEAD))
@@ -168,10 +175,10 @@ class Batches:
                 yield found
                 step += stride
 
-    def _block(self, step: int) -> Parts:
+    def _block(self, pool: ThreadPoolExecutor, step: int) -> Parts:
         """Rows int64 (BLOCK, n) and z float32 (BLOCK, n, z_dim) of the steps from `step` on, in pinned memory."""
         steps = range(step, step + BLOCK)
-        rows, z = np.stack([self.rows(each) for each in steps]), np.stack([self.z(each) for each in steps])
+        rows, z = np.stack([self.rows(each) for each in steps]), np.stack(list(pool.map(self.z, steps)))
         return torch.from_numpy(rows).pin_memory(), torch.from_numpy(z).pin_memory()
 
     def _read(self, step: int) -> Parts:

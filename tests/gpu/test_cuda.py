@@ -184,9 +184,7 @@ def test_one_rank_of_nccl_records_its_gradients_exchange(tmp_path):
         expected = here.losses(here.player(here.CUDA, graph=False), 30)
         dist.init_process_group("nccl", rank=0, world_size=1)
         torch.cuda.set_device(0)
-        class Two(Place):  # a group of one that is treated as several
-            pass
-        place = Place(0, 2, here.CUDA)
+        place = Place(0, 2, here.CUDA)  # a group of one that is treated as several
         nets = models.build(Model(**here.MODEL), 3, 0, 32, seed=0)
         play = Player(Game(*nets, Train(steps=1000, batch_size=32, **here.PLAIN), place), True)
         assert recordable(place)

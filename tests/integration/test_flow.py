@@ -54,6 +54,15 @@ def test_all_stages_then_an_artifact_and_a_second_run_trains_nothing(home: Path)
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+def test_a_flow_run_that_another_process_trains_leaves_its_mlflow_run_alone(home: Path) -> None:
+    run = stages.ingest(config.build("digits", words(home, "train.seed=2")))
+    with run.lock():
+        state = train_eval("digits", words(home, "train.seed=2"), return_state=True)
+    assert state.is_failed()
+    assert "is being written by process" in str(state.message)
+    assert not (run.path / "mlflow.json").exists()
+
+
 def assert_artifact(run: Run, scores: dict[str, Any]) -> None:
     with get_client(sync_client=True) as client:
         key = ArtifactFilter(key=ArtifactFilterKey(any_=["train-eval-digits"]))

@@ -18,7 +18,7 @@ import pytest
 import torch
 from mlflow_server import Gate, Server
 
-from dcgan import features, mirror, storage, tracking
+from dcgan import features, mirror, stages, storage, tracking
 from dcgan.run import Run
 
 mlflow = pytest.importorskip("mlflow")
@@ -171,7 +171,9 @@ def test_a_ledger_of_a_lost_machine_that_lags_behind_doubles_nothing(new_run: Ca
     fabricated.play(run, 300, 600)
     fabricated.draw(run, range(0, 601, 100))
     tracking.sync(run)
-    storage.write_bytes(run.path / "mlflow.json", mirror.copied_ledger(copy))
+    found = mirror.copied_ledger(copy, run.path / "mlflow.json")
+    assert found is not None
+    storage.write_bytes(run.path / "mlflow.json", found)
     later = time.time() + 60
     os.utime(run.path / "metrics.jsonl", (later, later))  # MLflow itself drops a value with the same time
 
@@ -237,6 +239,8 @@ def test_training_that_ends_early_is_shown_as_such(
     run_id = tracking.start(run)
     with pytest.raises(error), tracking.follow(run):
         raise error
+    assert record(run).info.status == status
+    stages.report(run)  # to look at what there is
     assert record(run).info.status == status
     assert tracking.Ledger.load(run.path / "mlflow.json").run_id == run_id
 

@@ -214,6 +214,41 @@ def test_a_home_that_was_left_behind_is_brought_up_to_date_and_overwrites_nothin
     }
 
 
+def test_scores_made_elsewhere_are_copied_and_not_overwritten_by_older_ones(
+    server: s3.Store, home: Path, tmp_path: Path
+) -> None:
+    run = fabricated.new_run(home)
+    fabricated.save(run, 100)
+    fabricated.score(run, 100)
+    mirror.push_run(run.path, URL)
+    other, third = (tmp_path / name / "runs" / run.name for name in ("b", "c"))
+    assert mirror.pull_run(other, URL)
+    assert mirror.pull_run(third, URL)
+    assert not mirror.pull_run(other, URL), "it has everything"
+    (other / "scores" / "knn.json").unlink()
+    assert mirror.pull_run(other, URL)
+    assert content(other / "scores") == content(run.path / "scores")
+
+    storage.write_json(run.path / "scores" / "knn.json", {"newer": True})
+    mirror.push_run(run.path, URL)
+    mirror.push_run(third, URL)
+    assert Remote(URL).read(f"runs/{run.name}/scores/knn.json") == (run.path / "scores" / "knn.json").read_bytes()
+
+
+@pytest.mark.parametrize("damage", [b"", b"x"])
+def test_a_checkpoint_that_was_set_aside_is_not_copied(server: s3.Store, home: Path, damage: bytes) -> None:
+    """It had been copied whole, so the copy stays until training comes to that step again."""
+    run = fabricated.new_run(home)
+    for step in (100, 200):
+        fabricated.save(run, step)
+    (run.checkpoints / "200" / "state.pt").write_bytes(damage)
+    assert checkpoint.latest(run) == run.checkpoints / "100"
+    assert (run.checkpoints / "corrupt-200" / "manifest.json").is_file()
+    mirror.push_run(run.path, URL)
+    there = Remote(URL).sizes(f"runs/{run.name}/checkpoints")
+    assert {name.split("/")[0] for name in there} == {"100", "best.json"}
+
+
 def test_a_checkpoint_that_was_made_again_takes_the_place_of_its_copy(server: s3.Store, home: Path) -> None:
     """Of the same length, as all of a run are, whether the copy was whole or not."""
     run = fabricated.new_run(home)

@@ -101,6 +101,20 @@ def _is_number(text: str) -> bool:
         return False
 
 
+@pytest.mark.parametrize(
+    ("preset", "word", "reason"),
+    [
+        ("lsun", "model.conditional=true", "images with labels; those of lsun have none"),
+        ("stl10", "model.conditional=true", "images with labels; those of stl10 have none"),
+        ("imagenet32", "evaluate.images=mnist", "digits and mnist are grey"),
+        ("digits", "evaluate.images=cifar10", "digits and mnist are grey"),
+    ],
+)
+def test_what_images_cannot_give_is_refused_before_they_are_fetched(preset: str, word: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        build(preset, [word])
+
+
 def test_the_bounds_themselves_are_allowed() -> None:
     edges = ["train.beta1=0", "train.ema=0", "train.learning_rate=1", "model.width=2048", "train.seed=4294967295"]
     experiment = build("digits", [*edges, "train.batch_size=2", "compute.workers=0"])

@@ -46,6 +46,14 @@ def wait(run: Run, again: bool) -> None:
         raise AssertionError("not reached")
 
 
+def test_what_a_killed_process_left_stops_nothing(run: Run) -> None:
+    (run.path / preemption.FILE).touch()
+    thread = threading.Thread(target=stages.train, args=(run,))  # where signals can't be handled
+    thread.start()
+    thread.join()
+    assert max(checkpoint.steps(run)) == 40
+
+
 def test_the_step_is_kept_and_the_same_command_goes_on(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

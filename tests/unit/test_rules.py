@@ -69,7 +69,7 @@ LAYERS: list[set[str]] = [
     },
     {"dcgan.summary", "dcgan.tables", "dcgan.cluster*", "dcgan.keeper", "dcgan.train", "dcgan.features"}
     | {"dcgan.evaluate"},
-    {"dcgan.tracking*", "dcgan.report"},
+    {"dcgan.tracking*", "dcgan.report", "dcgan.scoring"},
     {"dcgan.stages"},
     {"dcgan.reproduce"},
     {"dcgan.commands", "dcgan.cli", "flows"},

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dcgan import config, report, summary, tracking
+from dcgan import config, mirror, report, summary, tracking
 from dcgan.run import Run
 
 
@@ -43,6 +43,29 @@ def test_the_link_to_a_run_shows_no_password(run: Run, monkeypatch: pytest.Monke
     assert tracking.url(run) == ("https://mlflow.example:5000/#/experiments/3/runs/abc?workflowType=machine_learning")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///elsewhere.db")
     assert tracking.url(run) is None
+
+
+def test_a_ledger_of_another_server_does_not_replace_ones_own(tmp_path: Path) -> None:
+    content, here = json.dumps({"run_id": "theirs", "server": "https://ml.example"}).encode(), tmp_path / "mlflow.json"
+    copied = {"run_id": "theirs", "server": "https://ml.example", "copied": True}
+    assert json.loads(mirror.copied_ledger(content, here) or b"") == copied
+    here.write_text(json.dumps({"run_id": "ours", "server": "https://ml.example"}))
+    assert json.loads(mirror.copied_ledger(content, here) or b"") == copied, "it knows more"
+    here.write_text(json.dumps({"run_id": "ours", "server": "sqlite:///x on this machine"}))
+    assert mirror.copied_ledger(content, here) is None
+
+
+def test_a_run_delivered_elsewhere_is_delivered_anew(
+    run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ids = []
+    for name in ("first", "second"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{run.home / name}.db")
+        ids.append(tracking.start(run))
+    assert None not in ids
+    assert len(set(ids)) == 2
+    assert tracking.Ledger.load(run.path / "mlflow.json").run_id == ids[1]
+    assert "was deleted" not in caplog.text
 
 
 def test_a_ledger_comes_back_as_it_was_saved(tmp_path: Path) -> None:

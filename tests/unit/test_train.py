@@ -2,6 +2,7 @@
 
 import json
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -234,10 +235,10 @@ def test_a_torn_line_spoils_no_other(make_run, content):
 @pytest.mark.parametrize("end", ["normally", "by Ctrl-C"])
 def test_no_recorded_step_outlives_the_loop(make_run, monkeypatch, end):
     """A process group of NCCL could not end while a graph holds its collectives."""
-    played, left = Player.play, []
+    played, left, reset = Player.play, [], []
 
     def playing(self, step, batch):
-        self._recorded[7] = "a graph"
+        self._recorded[7] = SimpleNamespace(graph=SimpleNamespace(reset=lambda: reset.append(self)))
         if step == 4 and end == "by Ctrl-C":
             raise KeyboardInterrupt
         played(self, step, batch)
@@ -248,6 +249,7 @@ def test_no_recorded_step_outlives_the_loop(make_run, monkeypatch, end):
         train.train(make_run())
     (player,) = left
     assert player._recorded == {}
+    assert reset == [player], "also if something still refers to it"
 
 
 def test_each_rank_compares_its_share_of_the_images(make_run):

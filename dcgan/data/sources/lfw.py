@@ -20,6 +20,7 @@ from dcgan.data.records import Entry, Files
 from dcgan.data.sources import archives, published
 from dcgan.data.sources.archives import Member
 from dcgan.data.sources.base import Opened, held_out, require_both
+from dcgan.data.sources.fetch import DownloadError
 from dcgan.data.store import Description
 
 ADDRESSES = ("http://vis-www.cs.umass.edu/lfw",)
@@ -76,7 +77,7 @@ def _located(data: Data, downloads: Path) -> Path:
         return published.check(found, ARCHIVE_MD5) if found.name == ARCHIVE else found
     try:
         return published.fetch(ADDRESSES, ARCHIVE, ARCHIVE_MD5, downloads, data)
-    except OSError as error:
+    except (DownloadError, FileNotFoundError) as error:
         if data.source:
             raise
         raise FileNotFoundError(

@@ -18,6 +18,7 @@ from dcgan.data.decode import TRANSFORM
 from dcgan.data.records import Pixels
 from dcgan.data.sources import published
 from dcgan.data.sources.base import Opened
+from dcgan.data.sources.partial import locked
 from dcgan.data.store import Description
 
 ADDRESSES = ("http://ai.stanford.edu/~acoates/stl10",)
@@ -67,14 +68,24 @@ def _checked(data: Data, downloads: Path) -> Path:
     found = None if data.source is None or published.is_address(data.source) else _find(data.source)
     if found and found.name != ARCHIVE:
         return _check_all(found.parent)
-    if kept.is_dir():
-        try:
-            return _check_all(kept)
-        except (FileNotFoundError, storage.CorruptError):
+    if _is_whole(kept):
+        return kept
+    archive = published.check(found, ARCHIVE_MD5) if found else None
+    archive = archive or published.fetch(ADDRESSES, ARCHIVE, ARCHIVE_MD5, downloads, data)
+    downloads.mkdir(parents=True, exist_ok=True)
+    with locked(downloads / f".{FOLDER}.lock"):  # an ingestion at another size may unpack it, too
+        if _is_whole(kept):
+            return kept
+        if kept.is_dir():
             storage.discard(kept)  # ours: it is unpacked again
-    if found:
-        return _unpack(published.check(found, ARCHIVE_MD5), kept)
-    return _unpack(published.fetch(ADDRESSES, ARCHIVE, ARCHIVE_MD5, downloads, data), kept)
+        return _unpack(archive, kept)
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        return bool(_check_all(folder))
+    except (FileNotFoundError, storage.CorruptError):
+        return False
 
 
 def _check_all(folder: Path) -> Path:

@@ -1,6 +1,7 @@
 """What a step sees: a pure function of (seed, step, rank, world), tested without any process."""
 
 import mmap
+import threading
 from itertools import pairwise
 from pathlib import Path
 
@@ -59,6 +60,17 @@ def test_any_step_is_the_same_whether_reached_or_jumped_to(small):
     walked = [next(stream) for _ in range(9)][8]
     jumped = next(Batches(small, ("train",), 8, 1, place(), MODEL).from_step(8))
     assert all(torch.equal(*pair) for pair in zip(walked, jumped, strict=True))
+
+
+def test_images_on_the_device_make_the_same_batches(small, monkeypatch):
+    """On a GPU; here the device is the CPU, whose memory can't be pinned without one."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    expected = Batches(small, ("train",), 8, 1, place(), MODEL)._streamed(3)
+    found = Batches(small, ("train",), 8, 1, place(), MODEL)._resident(3)
+    for _ in range(2 * batches.BLOCK):
+        assert all(torch.equal(*pair) for pair in zip(next(found), next(expected), strict=True))
+    found.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("noise")]
 
 
 def test_images_and_labels_stay_together_across_shards(tmp_path, make_store, monkeypatch):

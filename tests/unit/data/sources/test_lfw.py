@@ -1,8 +1,10 @@
 """LFW's images are those of the archive, byte for byte, whether they are read from it or from an unpacked tree."""
 
+import errno
 import hashlib
 import io
 import json
+import os
 import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -180,7 +182,16 @@ def test_a_directory_without_the_files_is_refused(tmp_path: Path) -> None:
         lfw.signature(given(tmp_path))
 
 
-@pytest.mark.parametrize("offline", [True, False])
+def test_a_full_disk_is_not_taken_for_a_server_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(published, "fetch", full)
+    with pytest.raises(OSError, match=r"No space left on device$"):
+        lfw.read(Data(name="lfw", size=128), tmp_path)
+
+
+@pytest.mark.parametrize("offline", [False, True])
 def test_if_its_server_is_gone_the_refusal_says_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offline: bool
 ) -> None:

@@ -5,8 +5,12 @@ import io
 import json
 import os
 import tarfile
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -116,6 +120,26 @@ def test_what_was_unpacked_is_used_again_and_replaced_if_it_went_bad(archive: Pa
     assert stl10.read(data, downloads).sources == first
 
 
+def test_ingestions_at_two_sizes_unpack_once(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unpack, unpacked = stl10._unpack, []
+    both = threading.Barrier(2)
+
+    def counted(*arguments: Any) -> Path:
+        unpacked.append(arguments)
+        time.sleep(0.2)  # for the other to come as far
+        return unpack(*arguments)
+
+    def read(size: int) -> tuple[Any, ...]:
+        both.wait()
+        return stl10.read(given(archive.parent, size), tmp_path / "downloads").sources
+
+    monkeypatch.setattr(stl10, "_unpack", counted)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(read, (32, 64))
+    assert first == second
+    assert len(unpacked) == 1
+
+
 def test_other_members_are_not_written(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fill(packed: tarfile.TarFile) -> None:
         for name in ("../outside", "/absolute", f"{stl10.FOLDER}/../../train_X.bin", f"{stl10.FOLDER}/class_names.txt"):
@@ -124,7 +148,7 @@ def test_other_members_are_not_written(files: Path, tmp_path: Path, monkeypatch:
 
     archive = pack(tmp_path / "mine", monkeypatch, fill)
     stl10.read(given(archive.parent), tmp_path / "downloads")
-    written = [path.name for path in (tmp_path / "downloads").rglob("*")]
+    written = [path.name for path in (tmp_path / "downloads").rglob("[!.]*")]
     assert sorted(written) == sorted(["stl10", stl10.FOLDER, *stl10.FILES])
     assert not (tmp_path / "outside").exists()
 
@@ -145,7 +169,7 @@ def test_an_archive_without_a_file_is_refused(files: Path, tmp_path: Path, monke
     archive = pack(tmp_path / "mine", monkeypatch, lambda packed: packed.add(files, stl10.FOLDER))
     with pytest.raises(storage.CorruptError, match=r"stl10_binary\.tar\.gz lacks stl10_binary/test_y\.bin"):
         stl10.read(given(archive.parent), tmp_path / "downloads")
-    assert not list((tmp_path / "downloads" / "stl10").iterdir())
+    assert not list((tmp_path / "downloads" / "stl10").glob("[!.]*"))
 
 
 def test_a_truncated_archive_is_refused_and_not_unpacked(archive: Path, tmp_path: Path) -> None:
