@@ -225,14 +225,14 @@ def test_scores_made_elsewhere_are_copied_and_not_overwritten_by_older_ones(
     assert mirror.pull_run(other, URL)
     assert mirror.pull_run(third, URL)
     assert not mirror.pull_run(other, URL), "it has everything"
-    (other / "scores" / "knn.json").unlink()
+    (other / "scores" / "svm.json").unlink()
     assert mirror.pull_run(other, URL)
     assert content(other / "scores") == content(run.path / "scores")
 
-    storage.write_json(run.path / "scores" / "knn.json", {"newer": True})
+    storage.write_json(run.path / "scores" / "svm.json", {"newer": True})
     mirror.push_run(run.path, URL)
     mirror.push_run(third, URL)
-    assert Remote(URL).read(f"runs/{run.name}/scores/knn.json") == (run.path / "scores" / "knn.json").read_bytes()
+    assert Remote(URL).read(f"runs/{run.name}/scores/svm.json") == (run.path / "scores" / "svm.json").read_bytes()
 
 
 @pytest.mark.parametrize("damage", [b"", b"x"])
