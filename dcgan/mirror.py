@@ -7,6 +7,7 @@
 
 import json
 import logging
+import math
 import os
 import shutil
 import threading
@@ -57,7 +58,7 @@ def pull_store(home: Path, url: str, fingerprint: str, cache_gb: float) -> bool:
     remote, stores = Remote(url), home / "stores"
     lock = stores / "index" / f"{fingerprint}.lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
-    with storage.hold(lock, fingerprint, wait=True):
+    with storage.hold(lock, fingerprint, patience=math.inf):
         return (stores / fingerprint).exists() or _pull_store(remote, stores, fingerprint, cache_gb)
 
 

@@ -173,18 +173,12 @@ def _facts(run: Run, lines: list[dict[str, Any]]) -> list[tuple[str, str]]:
         facts += [
             ("steps", f"{lines[-1]['step']:,} of {run.experiment.train.steps:,}"),
             ("images seen", f"{lines[-1]['images']:,}"),
-            ("time training", _duration(seconds)),
+            ("time training", summary.duration(seconds)),
             ("speed", f"{lines[-1]['images'] / seconds:,.0f} images/s" if seconds else "unknown"),
         ]
     if best:
         facts.append(("best checkpoint", f"step {best['step']:,}, distance {best['value']:.4g}"))
     return facts
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
 
 
 def _settings(run: Run) -> list[dict[str, Any]]:

@@ -11,12 +11,14 @@ import os
 import secrets
 import shutil
 import socket
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
+RETRY = 0.05  # seconds between attempts to get a lock
 
 
 class CorruptError(RuntimeError):
@@ -28,14 +30,19 @@ class BusyError(RuntimeError):
 
 
 @contextmanager
-def hold(file: Path, what: str, wait: bool = False) -> Iterator[None]:
-    """Hold a lock file; the kernel releases it when the process dies. Raises BusyError if it is held, unless `wait`."""
+def hold(file: Path, what: str, patience: float = 0.0) -> Iterator[None]:
+    """Hold a lock file, until the process dies at the latest. Raises BusyError after `patience` seconds of waiting."""
+    deadline = time.monotonic() + patience
     with file.open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError as error:
-            lock.seek(0)
-            raise BusyError(f"{what} is being written by process {lock.read().strip()}") from error
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() >= deadline:
+                    lock.seek(0)
+                    raise BusyError(f"{what} is being written by process {lock.read().strip()}") from error
+                time.sleep(RETRY)
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()

@@ -164,6 +164,15 @@ def scored(run: Run) -> str:
     return "; ".join(f"{', '.join(protocols)}: {words}" for words, protocols in groups.items())
 
 
+def duration(seconds: float) -> str:
+    """In the two largest units."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
 def environment() -> dict[str, Any]:
     """Where and with what this process runs: Python, packages, CPU, GPUs, and the commit if in a git checkout."""
     return {

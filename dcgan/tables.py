@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dcgan.run import Run
-from dcgan.summary import HEADER, score_rows, scored
+from dcgan.summary import HEADER, duration, score_rows, scored
 
 SHOWN = (
     ("d_loss", "loss D", 3),
@@ -33,16 +33,8 @@ def progress_line(line: dict[str, Any], steps: int) -> str:
     known = [f"{words} {line[key]:.{digits}f}" for key, words, digits in SHOWN if key in line]
     words = [f"step {done:,}/{steps:,}", *known, f"{speed:,.0f} images/s"]
     if done < steps:
-        words.append(f"{_duration(left)} left")
+        words.append(f"{duration(left)} left")
     return "  ".join(words)
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
 class Progress:

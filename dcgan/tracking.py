@@ -4,7 +4,6 @@ The training loop knows nothing of MLflow. `follow` runs a thread alongside, `sy
 the ledger, `mlflow.json` in the run, records what has arrived. A slow or unreachable server costs training nothing.
 """
 
-import fcntl
 import json
 import logging
 import os
@@ -13,7 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -270,15 +269,10 @@ def _courier(run: Run, **wanted: Any) -> "Iterator[Courier]":
 
 @contextmanager
 def lock(path: Path) -> Iterator[None]:
-    """Hold a lock file; the kernel releases it when the process dies. Raises TrackingError after LOCK_SECONDS."""
-    deadline = time.monotonic() + LOCK_SECONDS
-    with path.open("a") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                if time.monotonic() > deadline:
-                    raise TrackingError(f"{path.parent} is being delivered to MLflow by another process") from error
-                time.sleep(0.05)
+    """Hold a lock file. Raises TrackingError after LOCK_SECONDS."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(storage.hold(path, str(path.parent), LOCK_SECONDS))
+        except storage.BusyError as error:
+            raise TrackingError(f"{path.parent} is being delivered to MLflow by another process") from error
         yield

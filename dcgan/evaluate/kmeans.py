@@ -4,6 +4,8 @@ Arthur and Vassilvitskii (2007) with the greedy trials of scikit-learn's `KMeans
 them. Features may be float16 and are read a block at a time, on a CPU or CUDA.
 """
 
+import logging
+import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -13,6 +15,9 @@ from torch import Tensor
 
 from dcgan.evaluate.samples import Samples
 
+log = logging.getLogger(__name__)
+
+SAY_EVERY = 60  # seconds: Tiny ImageNet takes hours
 ITERATIONS = 300  # scikit-learn's
 ROWS = 1024  # compared at once on a CPU: fewer would read the centres too often
 TOLERANCE = 1e-4  # of a feature's mean variance: the centres' total squared shift that is small enough; scikit-learn's
@@ -43,7 +48,11 @@ def plus_plus(x: Samples, squared: Tensor, count: int, starts: int, rng: np.rand
     centres = torch.empty(starts, count, x.width, device=x.device)
     chosen = rng.integers(len(x), size=(starts, 1))
     nearest = torch.full((starts, len(x)), torch.inf, device=x.device)
+    said = time.monotonic()
     for number in range(count):
+        if time.monotonic() - said > SAY_EVERY:
+            said = time.monotonic()
+            log.info("k-means: %d of %d centres chosen to start from", number, count)
         if number:
             cumulated = nearest.double().cumsum(1)
             where = torch.from_numpy(rng.random((starts, trials))).to(x.device) * cumulated[:, -1:]
@@ -75,7 +84,11 @@ def lloyd(x: Samples, centres: Tensor, squared: Tensor) -> Clusters:
     limit = TOLERANCE * _mean_variance(x, squared)
     labels = torch.full((starts, len(x)), -1, device=x.device)
     going = torch.arange(starts, device=x.device)
-    for _ in range(ITERATIONS):
+    said = time.monotonic()
+    for iteration in range(ITERATIONS):
+        if time.monotonic() - said > SAY_EVERY:
+            said = time.monotonic()
+            log.info("k-means: %d iterations, %d of %d starts still move", iteration, len(going), starts)
         nearest, distances, sums = _assign(x, centres[going], squared)
         same = (nearest == labels[going]).all(1)
         labels[going] = nearest
