@@ -156,7 +156,7 @@ def chosen(run: Run) -> Path:
     """The checkpoint to score, by `evaluate.checkpoint`. Raises FileNotFoundError if the run has none."""
     directory = best(run) if run.experiment.evaluate.checkpoint == "best" else latest(run)
     if directory is None:
-        raise FileNotFoundError(f"run {run.name} has no checkpoint: train it first")
+        raise FileNotFoundError(f"run {run.name} has no checkpoint: `dcgan train {run.name}` makes one")
     return directory
 
 

@@ -145,9 +145,11 @@ def run_path(word: str) -> Path:
     for path in (Path(word), runs / word):
         if (path / "experiment.json").is_file():
             return path
-    if word in PRESETS:
-        raise ValueError(f"{word} is a preset; this command takes a run; `dcgan ingest {word}` prints its path")
     names = sorted(path.parent.name for path in runs.glob("*/experiment.json"))
+    if word in PRESETS:
+        own = [name for name in names if name.rpartition("-")[0] == word]
+        there = f"those of {word} in {runs} are {', '.join(own)}" if own else f"there is none of {word} in {runs}"
+        raise ValueError(f"{word} is a preset; this command takes a run; {there}")
     known = f"; presets are {', '.join(PRESETS)}, runs are looked for in {runs}"
     raise ValueError(f"{word!r} is neither a preset nor a run{config.meant(word, [*PRESETS, *names]) or known}")
 

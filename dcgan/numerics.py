@@ -18,7 +18,7 @@ FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 
 
 def numerics(settings: Train, device: torch.device) -> Numerics:
-    """Those of `train.precision` and `train.memory_format`; for auto, the fastest as measured in docs/performance.md.
+    """Those of `train.precision` and `train.memory_format`; for auto, on CPUs the fastest (docs/performance.md).
 
     bfloat16 where the processor multiplies in it: CUDA from compute capability 8.0 on, x86 with AVX-512 BF16 or AMX.
     Elsewhere it is converted before each operation and slower than float32. Channels last: with it and on every CPU.

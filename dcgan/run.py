@@ -72,7 +72,10 @@ class Run:
         if not file.is_file():
             raise FileNotFoundError(f"{path} is not a run: it has no experiment.json")
         recorded = json.loads(file.read_text())
-        return cls(path.absolute(), validate(recorded["experiment"]), recorded["fingerprint"], recorded["scored"])
+        try:
+            return cls(path.absolute(), validate(recorded["experiment"]), recorded["fingerprint"], recorded["scored"])
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"{file} is of another version: {error}") from error
 
     @property
     def name(self) -> str:

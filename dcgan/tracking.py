@@ -254,9 +254,6 @@ def _courier(run: Run, **wanted: Any) -> "Iterator[Courier]":
         ledger = Ledger.load(run.path / "mlflow.json")
         for name, value in wanted.items():
             setattr(ledger, name, {**ledger.tags, **value} if name == "tags" else value)
-        if ledger.server not in ("", here := server(run.home)):
-            ledger.forget()
-        ledger.server = here
         ledger.save()
         for name, value in SETTINGS.items():
             os.environ.setdefault(name, value)

@@ -72,6 +72,9 @@ def _knock(uri: str) -> None:
 def open_run(client: MlflowClient, run: Run, ledger: Ledger) -> MlflowRun:
     """The MLflow run that the ledger names, or a new one, with the experiment as parameters."""
     known = _find(client, run, ledger) if ledger.run_id else None
+    if ledger.server != (here := tracking.server(run.home)):
+        ledger.server = here
+        ledger.save()
     if known is None:
         _create(client, run, ledger)
         known = client.get_run(ledger.run_id)
@@ -80,12 +83,17 @@ def open_run(client: MlflowClient, run: Run, ledger: Ledger) -> MlflowRun:
 
 
 def _find(client: MlflowClient, run: Run, ledger: Ledger) -> MlflowRun | None:
+    """The ledger's run, also by another address of the same record; None if it is not there (any more)."""
+    elsewhere = ledger.server not in ("", tracking.server(run.home))
     known = None
     try:
         known = client.get_run(ledger.run_id)
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
+    if elsewhere and (known is None or known.data.tags.get("dcgan.token") != ledger.token):
+        ledger.forget()
+        return None
     if known is None or known.info.lifecycle_stage == "deleted":
         log.warning("MLflow run %s of %s was deleted; a new one takes its place", ledger.run_id, run.name)
         return None

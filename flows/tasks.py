@@ -65,12 +65,12 @@ def train(run: str) -> str:
     return run
 
 
-@task(task_run_name="extract", cache_policy=NO_CACHE, retries=1, retry_delay_seconds=10, timeout_seconds=6 * HOUR)
+@task(task_run_name="extract", cache_policy=NO_CACHE, retries=1, retry_delay_seconds=10, timeout_seconds=None)
 def extract(run: str) -> str:
     """Write the feature banks; returns the run's directory.
 
     Retried once, because what can fail is the machine (memory, disk); each bank is whole or absent, so finished
-    ones are kept. Six hours are enough for ten million images on one core.
+    ones are kept. No time limit: on a CPU a million images take an hour, and more is a matter of their number.
     """
     stages.extract(Run.open(Path(run)))
     return run

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dcgan import storage
-from dcgan.config import Data
+from dcgan.config import PLACES, Data
 from dcgan.data import shards, store
 from dcgan.data.decode import TRANSFORM
 from dcgan.data.shards import Job
@@ -55,7 +55,7 @@ def ingest(data: Data, home: Path, verify: bool = False, maker: Maker = by_threa
     input.
     """
     source = SOURCES[data.name]
-    settings = data.model_dump(mode="json", exclude={"home", "source", "offline", "remote", "cache_gb"})
+    settings = data.model_dump(mode="json", exclude=PLACES)
     given = {
         "settings": settings,
         "signature": source.signature(data),

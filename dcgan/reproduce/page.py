@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dcgan.reproduce.rows import Column, Figure, Row, Table
+from dcgan.summary import duration
 
 BEGIN = "<!-- tables: written by `dcgan reproduce`, changed by hand in vain -->"
 END = "<!-- end of tables -->"
@@ -91,7 +92,7 @@ def _origin(row: Row, record: dict[str, Any] | None) -> Iterator[str]:
         record["scale"],
         *(f"± over {of}" for of in sorted(spreads)),
         *(f"{key}: {_value(value)}" for key, value in record["choices"].items()),
-        f"the command took {_duration(record['seconds'])}",
+        f"the command took {duration(record['seconds'])}",
         record["hardware"],
         f"commit {record['commit']}" if record["commit"] else "no commit",
         record["date"],
@@ -101,10 +102,6 @@ def _origin(row: Row, record: dict[str, Any] | None) -> Iterator[str]:
 
 def _value(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.1f} s"
 
 
 def _line(cells: list[str]) -> str:

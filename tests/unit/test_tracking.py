@@ -55,16 +55,19 @@ def test_a_ledger_of_another_server_does_not_replace_ones_own(tmp_path: Path) ->
     assert mirror.copied_ledger(content, here) is None
 
 
-def test_a_run_delivered_elsewhere_is_delivered_anew(
-    run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("same", [True, False])
+def test_a_run_is_delivered_anew_only_where_it_is_not_known(
+    run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, same: bool
 ) -> None:
+    """One record may have two addresses: `make run` writes into the file that the server of `make up` keeps."""
     ids = []
-    for name in ("first", "second"):
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{run.home / name}.db")
+    for file in ("mlflow.db", "runs/../mlflow.db" if same else "other.db"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{run.home / file}")
         ids.append(tracking.start(run))
     assert None not in ids
-    assert len(set(ids)) == 2
-    assert tracking.Ledger.load(run.path / "mlflow.json").run_id == ids[1]
+    assert len(set(ids)) == (1 if same else 2)
+    ledger = tracking.Ledger.load(run.path / "mlflow.json")
+    assert (ledger.run_id, ledger.server) == (ids[1], tracking.server(run.home))
     assert "was deleted" not in caplog.text
 
 

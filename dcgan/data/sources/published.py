@@ -23,7 +23,7 @@ from dcgan.data.store import SourceFile
 
 log = logging.getLogger(__name__)
 
-ATTEMPTS = 2  # a corrupt download is refetched once (design, section 6)
+ATTEMPTS = 2  # a corrupt download is fetched once more
 REMEMBERED = 1 << 30  # bytes from which on a check is remembered; a smaller file is hashed in a second or two
 ALGORITHMS = {32: ("MD5", "md5"), 64: ("SHA-256", "sha256")}  # by the number of hex digits
 
