@@ -12,6 +12,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +24,7 @@ log = logging.getLogger(__name__)
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
+RETRIES = 3  # of what a process did when it died, as often as `compute.max_failures` restarts training by default
 OBJECT_STORE = 2**27  # bytes; no image and no tensor passes through Ray, whose default is 30 % of the memory
 # Ray replaces 127.0.0.1 by the address of a network interface, which a laptop may lose. Its servers listen on all
 # interfaces whatever address they are given: the token keeps others out.
@@ -78,9 +80,10 @@ def scatter(
 ) -> Iterator[Result]:
     """Yield `function(job)` for each job, in order of completion: Ray Data, one CPU and one process per running job.
 
-    Jobs and results are pickled; both are small, large data goes through files. A job whose process dies is repeated.
+    Jobs and results are pickled; both are small, large data goes through files. A job whose process dies is repeated,
+    up to RETRIES times.
     concurrency: most processes; None: one per CPU of the machine or cluster. device: as `compute.device`, decides
-    whether each has a GPU. Raises what `function` raised, and stops the other jobs; WorkerError as `check_nodes` does.
+    whether each has a GPU. Raises what `function` raised, and stops the other jobs; or what `check_nodes` does.
     """
     if not jobs:
         return
@@ -104,30 +107,42 @@ def scatter(
                 except (OSError, RuntimeError, *REPEATS) as error:  # Ray Data would wrap it beyond recognition
                     return {"result": None, "error": error}
 
-        most = min(concurrency or int(ray.cluster_resources()["CPU"]), len(jobs))
+        most = min(concurrency or int(ray.cluster_resources().get("CPU", 0)), len(jobs))
         gpus = int(use_gpu(Compute(workers=most, device=device), int(ray.cluster_resources().get("GPU", 0))))
-        check_nodes(function, 1, bool(gpus))
+        check_nodes(function, most, 1, bool(gpus))
         pool = ActorPoolStrategy(size=most, max_tasks_in_flight_per_actor=3)
         data = ray.data.from_items([{"job": job} for job in jobs], override_num_blocks=len(jobs))
-        for row in data.map(Worker, num_cpus=1, num_gpus=gpus, compute=pool).iter_rows():
-            if row["error"] is not None:
-                raise row["error"]
-            yield row["result"]
+        limits = {"max_restarts": RETRIES, "max_task_retries": RETRIES}  # by default there are none
+        try:
+            for row in data.map(Worker, num_cpus=1, num_gpus=gpus, compute=pool, **limits).iter_rows():
+                if row["error"] is not None:
+                    raise row["error"]
+                yield row["result"]
+        except ray.exceptions.RayError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise WorkerError(f"processes died again and again, perhaps for want of memory: {reason}") from error
 
 
-def check_nodes(function: Callable[..., Any], cpus: int, on_gpu: bool) -> None:
-    """Raise WorkerError if a node of an existing cluster that may run `function` lacks the modules of it.
+def check_nodes(function: Callable[..., Any], workers: int, cpus: int, on_gpu: bool) -> None:
+    """Raise ValueError if no node can run a worker, of so many CPUs and, if `on_gpu`, a GPU.
 
-    Those with so many CPUs and, if `on_gpu`, a GPU. Ray itself would start a worker there again and again, and say
-    nothing.
+    Of an existing cluster, also say if there is not enough room now, and raise WorkerError if a node that may run
+    `function` lacks its modules. Ray itself would wait, or start a worker there again and again, and say nothing.
     """
-    if started_here.is_set():
-        return
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+    nodes = able(ray.nodes(), cpus, on_gpu)
+    if not nodes:
+        raise ValueError(f"no Ray node has {cpus} CPU{'s' * (cpus > 1)}{' and a GPU' * on_gpu}")
+    if started_here.is_set():
+        return
+    free = ray.available_resources()
+    for kind, wanted in (("CPU", cpus * workers), ("GPU", on_gpu * workers)):
+        if (now := free.get(kind, 0)) < wanted:
+            log.warning("Ray has %g %ss free of the %d wanted, and is waited for", now, kind, wanted)
     load, loads = ray.remote(num_cpus=0, max_retries=0)(lambda function: None), []
-    for node in able(ray.nodes(), cpus, on_gpu):
+    for node in nodes:
         there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         loads.append((node["NodeManagerAddress"], load.options(scheduling_strategy=there).remote(function)))
     for address, loaded in loads:
@@ -163,7 +178,7 @@ def use_gpu(compute: Compute, gpus: int) -> bool:
 
 def prepare() -> None:
     """Set the environment variables that Ray reads when it is imported."""
-    local = os.environ.get("RAY_ADDRESS", "local") == "local"
+    local = (os.environ.get("RAY_ADDRESS") or "local") == "local"
     for key, value in {**ENVIRONMENT, **(LOCAL if local else {})}.items():
         os.environ.setdefault(key, value)
     if local and os.environ.get("RAY_AUTH_MODE") != "token":
@@ -176,7 +191,7 @@ def prepare() -> None:
 def session(home: Path, workers: int) -> Iterator[None]:
     """Initialised Ray: the one this process already has, else the cluster at RAY_ADDRESS, else a new local one."""
     prepare()
-    address = os.environ.get("RAY_ADDRESS", "local")
+    address = os.environ.get("RAY_ADDRESS") or "local"
     import ray
 
     if ray.is_initialized():
@@ -184,8 +199,14 @@ def session(home: Path, workers: int) -> Iterator[None]:
         return
     with _short(home / "ray") as directory:
         before = signal.getsignal(signal.SIGTERM)
-        _connect(address, directory, workers)
         try:
+            try:
+                _connect(address, directory, workers)
+            except SystemExit as error:  # by Ray's own handler of SIGTERM, which it installs first
+                _handle_sigterm(before)
+                if callable(before):
+                    before(signal.SIGTERM, None)
+                raise KeyboardInterrupt from error
             # Ray's handler prints the native stack and dies on the spot, and Prefect can't cancel a flow whose handler
             # was replaced. Where there was none, SIGTERM now acts as Ctrl-C, so that the session is closed.
             _handle_sigterm(signal.default_int_handler if before == signal.SIG_DFL else before)
@@ -206,7 +227,14 @@ def _connect(address: str, directory: Path, workers: int) -> None:
 
     logs: dict[str, Any] = {"log_to_driver": False, "logging_level": "WARNING"}
     if address != "local":
-        ray.init(address, **logs)
+        try:
+            ray.init(address, **logs)
+        except (OSError, RuntimeError, ray.exceptions.RayError) as error:  # also of another version of Python or Ray
+            reason = f"{error} {error.__cause__ or ''}".strip()
+            raise WorkerError(
+                f"RAY_ADDRESS={address} can't be joined from here; this machine has to be a node of that cluster "
+                f"(`ray start --address={address}` makes it one): {reason}"
+            ) from error
         return
     for attempt in range(1, START_ATTEMPTS + 1):
         try:
@@ -233,17 +261,25 @@ def _lean() -> Iterator[None]:
 
     The monitor requests machines from a cloud; the API server, which ray.init waits for, has no dashboard to serve; the
     log monitor reads all logs ten times per second, for drivers that want them sent.
+
+    The others have process groups of their own: Prefect cancels a flow run by SIGTERM to its whole group, and a worker
+    that is to keep a checkpoint must not die of it. They still end with this process.
     """
+    from ray._private import services
     from ray._private.node import Node
 
-    known = {name: getattr(Node, name) for name in ("start_monitor", "start_api_server", "start_log_monitor")}
-    for name in known:
-        setattr(Node, name, lambda node, **settings: None)
+    changed = [
+        (Node, f"start_{name}", lambda node, **settings: None) for name in ("monitor", "api_server", "log_monitor")
+    ]
+    changed.append((services, "ConsolePopen", partial(services.ConsolePopen, process_group=0)))
+    before = [getattr(owner, name) for owner, name, _ in changed]
+    for owner, name, value in changed:
+        setattr(owner, name, value)
     try:
         yield
     finally:
-        for name, start in known.items():
-            setattr(Node, name, start)
+        for (owner, name, _), value in zip(changed, before, strict=True):
+            setattr(owner, name, value)
 
 
 @contextmanager

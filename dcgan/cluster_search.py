@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from dcgan import storage
-from dcgan.cluster import REPEATS, WorkerError, check_nodes, session
+from dcgan.cluster import REPEATS, RETRIES, WorkerError, check_nodes, session
 from dcgan.config import digest
 
 log = logging.getLogger(__name__)
 
 Json = dict[str, Any]  # what JSON can hold
-RETRIES = 3  # of a trial whose process died, as often as `compute.max_failures` restarts training by default
 
 
 def search(
@@ -51,7 +50,7 @@ def _tune(
 
     if gpus > ray.cluster_resources().get("GPU", 0):
         raise ValueError(f"a trial needs {gpus} of a GPU, and Ray has none: search on the CPU")
-    check_nodes(function, 1, gpus > 0)
+    check_nodes(function, 1, 1, gpus > 0)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the caller logs each failure in one line
 
     def attempt(config: Json) -> Json:

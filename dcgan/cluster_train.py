@@ -37,10 +37,12 @@ def launch(function: Callable[..., None], arguments: tuple, compute: Compute, ho
     threading.Thread(
         target=importlib.import_module, args=("dcgan.cluster_trainer",), name="imports", daemon=True
     ).start()
-    for attempts_left in range(compute.max_failures, -1, -1):
+    attempts_left = compute.max_failures
+    while True:
         with session(home, compute.workers):
             from ray.exceptions import RayActorError
             from ray.train import ControllerError, WorkerGroupError
+            from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
             from dcgan.cluster_trainer import readable
 
@@ -58,9 +60,18 @@ def launch(function: Callable[..., None], arguments: tuple, compute: Compute, ho
                 # then keeps the CPUs of the others. On a cluster, where groups may be other people's, it frees them.
                 if started_here.is_set():
                     _remove_placement_groups(_placement_groups() - others)
+                if isinstance(cause, WorkerGroupStartupTimeoutError) and not started_here.is_set():
+                    # Others may use the CPUs. A node may also be lost for good: then the share of each is another.
+                    log.warning("the cluster has no room for %d workers; trying again", compute.workers)
+                    continue
                 if not (isinstance(cause, RayActorError) and attempts_left):
                     raise WorkerError(f"Ray's controller failed: {type(cause).__name__}: {cause}") from error
                 log.warning("a worker died while the workers were starting; starting them again")
+            except RayActorError as error:  # of the controller, where that is a process of its own
+                if not attempts_left:
+                    raise WorkerError(f"Ray's controller died: {error}") from error
+                log.warning("Ray's controller died; starting the workers again")
+            attempts_left -= 1
 
 
 def _placement_groups() -> set[str]:
@@ -95,9 +106,7 @@ def _trainer(
     ]
     on_gpus = use_gpu(compute, sum(gpus for _, gpus in nodes))
     cpus = _share(nodes, compute.workers, on_gpus)
-    check_nodes(function, cpus, on_gpus)
-    if (free := ray.available_resources().get("CPU", 0)) < cpus * compute.workers and not started_here.is_set():
-        log.warning("Ray has %d CPUs free of the %d wanted; training waits for them", free, cpus * compute.workers)
+    check_nodes(function, compute.workers, cpus, on_gpus)
     return Trainer(
         _work,
         train_loop_config={"function": function, "arguments": arguments, "threads": cpus},
@@ -113,8 +122,7 @@ def _trainer(
             storage_path=str(home / "ray" / "train"),
             failure_config=FailureConfig(
                 max_failures=attempts,
-                # Workers that do not start: on a cluster they may be waiting for CPUs that others use.
-                controller_failure_limit=attempts if started_here.is_set() else -1,
+                controller_failure_limit=attempts if started_here.is_set() else 0,  # see `launch`
             ),
             callbacks=[StopOnRepeat()],
         ),

@@ -40,6 +40,12 @@ def join(device: str) -> Iterator[Place]:
     use_cuda = on_cuda(device)
     owned = not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1
     if owned:
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if use_cuda and here > (gpus := torch.cuda.device_count()):
+            raise ValueError(
+                f"{here} processes on this machine need a GPU each, and it has {gpus}: start fewer, "
+                "or set compute.device=cpu"
+            )
         dist.init_process_group("nccl" if use_cuda else "gloo", timeout=TIMEOUT)
     grouped = dist.is_initialized()
     rank, world = (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)

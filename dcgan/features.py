@@ -39,6 +39,9 @@ BATCH = 250
 PART = 5_000  # images that one process does at a time
 CALIBRATION = 60_000  # images at most: all of CIFAR's and MNIST's, one in 21 of ImageNet's
 
+# cuDNN would round to TF32: features are those of any device, as far as float32 goes.
+EXACT = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+
 Maker = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]  # `map`, or what hands the jobs to others
 Statistics = tuple[int, list[np.ndarray]]
 
@@ -81,13 +84,14 @@ def batch_statistics(discriminator: Discriminator, store: Store, device: torch.d
     The part starts at position `part` * PART of one fixed shuffled order. The net's own statistics are lost.
     """
     norms = models.norms(discriminator)
-    extractor = Extractor(discriminator.train()).to(device).to(memory_format=layout(device))
+    extractor = Extractor(discriminator.eval()).to(device).to(memory_format=layout(device))
     images = Images(store, store.training)
     order = batches.permutation(images.count, 0, 0)[:CALIBRATION][part * PART : (part + 1) * PART]
     sums = [np.zeros((2, norm.num_features)) for norm in norms]
     momenta = [norm.momentum for norm in norms]
     count = 0
-    for norm in norms:
+    for norm in norms:  # and no other layer: a spectral norm would change with each batch
+        norm.train()
         norm.momentum = 1.0  # the running statistics are then those of the last batch
     for batch in _batches(images, order, device):
         if len(batch) > 1:  # a single image has no variance
@@ -179,11 +183,13 @@ def _write_bank(
         storage.publish(staged, bank)
 
 
+@EXACT
 def _calibrate_part(run_path: str, weights: str, part: int) -> tuple[int, Statistics]:
     run = Run.open(Path(run_path))
     return part, batch_statistics(load_extractor(Path(weights)).discriminator, run.store(), _device(run), part)
 
 
+@EXACT
 @torch.no_grad()
 def _extract_part(run_path: str, weights: str, job: tuple[str, int]) -> None:
     """Write the arrays of a part of a split next to the weights."""

@@ -4,6 +4,7 @@ The signal reaches the process that trains, or the one that waits for Ray's work
 the request is a file in it.
 """
 
+import logging
 import os
 import signal
 import threading
@@ -15,6 +16,8 @@ from typing import Any
 from dcgan import distributed
 from dcgan.distributed import Place
 from dcgan.run import Run
+
+log = logging.getLogger(__name__)
 
 FILE = ".stop"
 GRACE = 25.0  # seconds for the checkpoint: torchrun, Kubernetes and Prefect kill after 30
@@ -48,18 +51,22 @@ def awaited(run: Run) -> Iterator[None]:
         again.start()
 
     signal.signal(signal.SIGTERM, ask)
+    ended: BaseException | None = None
     try:
         yield
-    except KeyboardInterrupt:
-        if not asked.is_set():  # Ctrl-C
+    except BaseException as error:
+        if not asked.is_set():
             raise
+        ended = error
     finally:
         again.cancel()
         signal.signal(signal.SIGTERM, before)
         file.unlink(missing_ok=True)
     if asked.is_set():
+        if not isinstance(ended, KeyboardInterrupt | None):
+            log.warning("%s", ended)
         act(signal.SIGTERM, None)
-        raise KeyboardInterrupt  # whatever the handler did: training has not finished
+        raise KeyboardInterrupt from ended  # whatever the handler did: training has not finished
 
 
 class Request:

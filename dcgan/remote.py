@@ -6,6 +6,7 @@ An object appears whole or not at all, so a group of several is complete once it
 import asyncio
 import hashlib
 import logging
+import os
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -100,7 +101,8 @@ class Remote:
     def download(self, path: str, file: Path, size: int, sha256: str) -> None:
         """Download an object into `file`, which appears only with this length and hash.
 
-        Raises FileNotFoundError, RemoteError, or CorruptError if the hash differs twice.
+        Raises FileNotFoundError, RemoteError, CorruptError if the hash differs twice, or OSError if the file can't be
+        written.
         """
 
         def fetch() -> bool:
@@ -112,7 +114,8 @@ class Remote:
                 while piece := source.read(PIECE):
                     digest.update(piece)
                     done += len(piece)
-                    out.write(piece)
+                    with _naming(file):
+                        out.write(piece)
                 if done < size:
                     raise OSError(f"cut short: {done} bytes of {size}")
                 if digest.hexdigest() != sha256:
@@ -123,6 +126,8 @@ class Remote:
             try:
                 self._try("reading", path, fetch)
                 return
+            except _UnwrittenError as error:  # a full disk is not the remote's fault
+                raise OSError(error.errno, error.strerror, error.filename) from error
             except _Differs:
                 log.warning("%s/%s has another SHA-256 than its manifest says", self.url, path)
         raise storage.CorruptError(f"{self.url}/{path} is corrupt: its SHA-256 differs from its manifest's")
@@ -137,13 +142,34 @@ class _Differs(Exception):  # noqa: N818  not an error yet
     pass
 
 
+class _UnwrittenError(Exception):
+    """A local file can't be written; no OSError, so that no other attempt is made."""
+
+    def __init__(self, error: OSError, file: Path) -> None:
+        super().__init__(str(error))
+        self.errno, self.strerror, self.filename = error.errno, error.strerror, str(file)
+
+
+@contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise _UnwrittenError(error, file) from error
+
+
 @contextmanager
 def _aside(file: Path) -> Iterator[Any]:
-    """A file open for writing that becomes `file` if all goes well."""
+    """A file open for writing that becomes `file`, and is on disk, if all goes well."""
     part = file.with_name(f".{file.name}.part")
+    with _naming(file):
+        out = part.open("wb")
     try:
-        with part.open("wb") as out:
+        with out:
             yield out
+            with _naming(file):
+                out.flush()
+                os.fsync(out.fileno())
         part.replace(file)
     finally:
         part.unlink(missing_ok=True)

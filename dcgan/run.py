@@ -127,6 +127,14 @@ class Run:
         return {name: content for name, content in found.items() if content.get("images", self.scored) == self.scored}
 
     @contextmanager
+    def claim(self) -> Iterator[None]:
+        """Hold the run for training it, from before its workers start. Raises BusyError if it is held or written."""
+        with storage.hold(self.path / ".claim", f"run {self.name}"):
+            with self.lock():
+                pass
+            yield
+
+    @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the run for writing. Raises BusyError if it is held."""
         with storage.hold(self.path / ".lock", f"run {self.name}"):

@@ -91,15 +91,22 @@ def train(run: Run, progress: Progress | None = None) -> bool:
     Raises DivergedError; StoppedError if another process asked it to stop; WorkerError or, without Ray, what the loop
     raised; or, before anything starts, BusyError, IncompatibleError or CorruptError.
     """
-    from dcgan import checkpoint, mirror, preemption, tracking
+    from dcgan import checkpoint
 
-    with run.lock():  # held by the worker once it runs; here, an early check that no other process trains this run
+    with run.claim():
         newest = checkpoint.latest(run)
-    if newest is not None:
-        checkpoint.check_fits(newest, run)
-        if int(newest.name) >= run.experiment.train.steps:
-            _push(run)
-            return False
+        if newest is not None:
+            checkpoint.check_fits(newest, run)
+            if int(newest.name) >= run.experiment.train.steps:
+                _push(run)
+                return False
+        _train(run, progress)
+    return True
+
+
+def _train(run: Run, progress: Progress | None) -> None:
+    from dcgan import mirror, preemption, tracking
+
     with (
         mirror.follow(run.path, run.experiment.data.remote),
         tracking.follow(run),
@@ -113,7 +120,6 @@ def train(run: Run, progress: Progress | None = None) -> bool:
 
                 cluster_train.launch(train_here, (str(run.path),), run.experiment.compute, run.home, run.name)
         _raise_if_it_ended_early(run)
-    return True
 
 
 def train_here(path: str) -> None:

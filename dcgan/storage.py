@@ -10,10 +10,9 @@ import json
 import os
 import secrets
 import shutil
-import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -95,33 +94,29 @@ def once(path: Path, work: Callable[[], Any]) -> Any:
 def staging(parent: Path) -> Iterator[Path]:
     """A fresh directory next to the final ones, removed at exit unless `publish` has renamed it.
 
-    What a killed process left behind on this host is removed first.
+    It is locked, so that what killed processes left behind, on any host, is told from it and removed first.
     """
     parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(parent)
-    staged = parent / f".staging-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+    for abandoned in parent.glob(".staging-*"):
+        with suppress(FileNotFoundError, BlockingIOError), _locked(abandoned, fcntl.LOCK_NB):
+            shutil.rmtree(abandoned, ignore_errors=True)
+    staged = parent / f".staging-{secrets.token_hex(8)}"
     staged.mkdir()
+    with _locked(staged):
+        try:
+            yield staged
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+
+
+@contextmanager
+def _locked(directory: Path, flags: int = 0) -> Iterator[None]:
+    descriptor = os.open(directory, os.O_RDONLY)
     try:
-        yield staged
+        fcntl.flock(descriptor, fcntl.LOCK_EX | flags)
+        yield
     finally:
-        shutil.rmtree(staged, ignore_errors=True)
-
-
-def _remove_abandoned(parent: Path) -> None:
-    for path in parent.glob(".staging-*"):
-        host, pid, _ = path.name.removeprefix(".staging-").rsplit("-", 2)  # a host name may have hyphens itself
-        if host == socket.gethostname() and not _alive(int(pid)):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        os.close(descriptor)
 
 
 def seal(directory: Path, metadata: Mapping[str, Any]) -> None:

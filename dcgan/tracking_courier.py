@@ -69,7 +69,7 @@ class Courier:
             digest=self.run.fingerprint,
             source_type="local",
             source=json.dumps({"uri": str(store)}),
-            profile=json.dumps(profile, ensure_ascii=False),
+            profile=json.dumps(profile),
         )
         context = [InputTag("mlflow.data.context", "training")]
         self.client.log_inputs(self.ledger.run_id, [DatasetInput(dataset, context)])

@@ -67,7 +67,7 @@ def train_eval(preset: Preset, overrides: Sequence[str] = ()) -> dict[str, Any]:
     logging.getLogger("dcgan").setLevel(logging.INFO)
     path = tasks.ingest(preset, overrides)
     run = Run.open(Path(path))
-    with run.lock():  # another flow run that trains it keeps its MLflow run to itself
+    with run.claim():  # another flow run that trains it keeps its MLflow run to itself
         tracking.start(run, tags={FLOW_RUN: str(prefect.runtime.flow_run.id)})
     extracted = tasks.extract(tasks.train(path))
     # One by one: each uses every processor, and holds the features of all images.

@@ -5,7 +5,8 @@ import struct
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.Image import Transpose
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # whatever the name says; EPS would start Ghostscript
 TRANSFORM = "centre crop of the shorter side, resized with antialiasing (Pillow's bilinear; JPEG scaled while decoded)"
@@ -13,7 +14,17 @@ TRANSFORM = "centre crop of the shorter side, resized with antialiasing (Pillow'
 DAMAGED = (OSError, SyntaxError, ValueError, EOFError, TypeError, struct.error, Image.DecompressionBombError)
 
 
-JPEG, EXIF, SEGMENT = b"\xff\xd8", b"Exif\0\0", 2**16  # how a JPEG begins; its EXIF is in one of the first segments
+JPEG = b"\xff\xd8"  # how one begins
+ORIENTED, SEGMENT = (b"Exif\0\0", b"tiff:Orientation"), 2**16  # what tells an orientation, in one of the first segments
+UPRIGHT = {  # what undoes EXIF's orientation 2 to 8
+    2: Transpose.FLIP_LEFT_RIGHT,
+    3: Transpose.ROTATE_180,
+    4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270,
+    7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_90,
+}
 
 
 class UnreadableError(ValueError):
@@ -26,21 +37,18 @@ def decode(raw: bytes, size: int, exif: bool = False) -> np.ndarray:
     exif: apply its EXIF orientation. A JPEG of twice the size or more is scaled by eighths while it is decoded, down to
     the smallest scale that is still large enough: `_jpeg` says what that does to the pixels. One with EXIF that is to
     be applied is decoded at full size.
-    Raises UnreadableError for another format, a damaged file, more than 8 bits per channel, or more pixels than
+    Raises UnreadableError for another format, a damaged file, grey of more than 8 bits, or more pixels than
     Pillow's limit (89 million), in which case nothing is decoded.
     """
-    if (
-        raw.startswith(JPEG)
-        and not (exif and raw.find(EXIF, 0, SEGMENT) >= 0)
-        and (planes := _jpeg(raw, size)) is not None
-    ):
+    oriented = exif and any(raw.find(mark, 0, SEGMENT) >= 0 for mark in ORIENTED)
+    if raw.startswith(JPEG) and not oriented and (planes := _jpeg(raw, size)) is not None:
         return planes
     try:
         with Image.open(io.BytesIO(raw), formats=FORMATS) as image:
             _require_bounded(image.width, image.height)
             if image.mode[0] in "IF":  # Pillow would clip it to white instead of scaling it
                 raise UnreadableError(f"mode {image.mode}: more than 8 bits a channel")
-            turned = ImageOps.exif_transpose(image) if exif else image
+            turned = _upright(image) if exif else image
             return square(turned if turned.mode == "RGB" else turned.convert("RGB"), size)
     except UnreadableError:
         raise
@@ -48,6 +56,15 @@ def decode(raw: bytes, size: int, exif: bool = False) -> np.ndarray:
         raise UnreadableError(f"not a {', '.join(FORMATS)} file") from error
     except DAMAGED as error:
         raise UnreadableError(str(error)) from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as its metadata say, if they can be read; other tags than the orientation don't matter."""
+    try:
+        number = image.getexif().get(ExifTags.Base.Orientation)
+    except (*DAMAGED, LookupError, AttributeError):
+        return image
+    return image.transpose(UPRIGHT[number]) if number in UPRIGHT else image
 
 
 def _require_bounded(width: int, height: int) -> None:

@@ -165,6 +165,8 @@ def assemble(
     missing = [job for job in jobs if not shards.made(job)]
     if len(missing) < len(jobs):
         log.info("%s: %d of %d shards were made before", about.dataset, len(jobs) - len(missing), len(jobs))
+    if not skip:
+        _refuse_skipped([job for job in jobs if job not in missing])
     many = len([job for job in missing if job.records.encoded]) >= MANY
     for _ in _logged(about.dataset, missing, (maker if many else by_threads)(shards.make, missing)):
         pass
@@ -175,10 +177,15 @@ def assemble(
         removed = pruning.prune(directory, [job for job in jobs if job.split in about.training])
     splits = {name: [shards.read(job) for job in jobs if job.split == name] for name in opened.splits}
     for name, reason in [pair for records in splits.values() for record in records for pair in record["skipped"]]:
-        if not skip:  # a shard made by an attempt with another policy
-            raise ValueError(f"{name} can't be decoded ({reason}): {shards.ADVICE}")
         log.warning("%s skipped: %s", name, reason)
     return store.finish(home, directory, about, splits, opened.sources, removed)
+
+
+def _refuse_skipped(made: Iterable[Job]) -> None:
+    """Raise ValueError for an image that an attempt which skipped such images has left out of a shard."""
+    for job in made:
+        for name, reason in shards.read(job)["skipped"]:
+            raise ValueError(f"{name} can't be decoded ({reason}): {shards.ADVICE}")
 
 
 def _jobs(opened: Opened, directory: Path, shard_images: int, skip: bool) -> Iterator[Job]:

@@ -43,7 +43,7 @@ def prune(directory: Path, jobs: Sequence[Job]) -> int:
 
 def _groups(folder: Path, jobs: Sequence[Job]) -> dict[str, Any]:
     """`groups` of rows over all shards as first made, and `counts` of the images in each."""
-    arrays = [np.load(job.path, mmap_mode="r") for job in jobs]
+    arrays = store.mapped([job.path for job in jobs])
     groups = dedup.find(arrays)
     removed, total = sum(len(group) - 1 for group in groups), sum(map(len, arrays))
     log.info("near-duplicates: %d of %d images, in %d groups", removed, total, len(groups))

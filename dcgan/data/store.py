@@ -125,9 +125,21 @@ def finish(
     for report in [path for path in directory.iterdir() if path.is_dir() and path != staged]:
         shutil.rmtree(home / report.name / name, ignore_errors=True)
         (home / report.name).mkdir(exist_ok=True)
-        report.rename(home / report.name / name)
+        shutil.move(report, home / report.name / name)  # `stores` may be on another file system
     shutil.rmtree(directory)
     return name
+
+
+def mapped(shards: Sequence[Path]) -> list[np.memmap]:
+    """Memory maps of arrays.
+
+    Each keeps a file open, and LSUN's 741 may be mapped twice, while most systems start with a limit of 1,024: so the
+    limit is raised as far as the system allows a process.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return [np.load(shard, mmap_mode="r") for shard in shards]
 
 
 def _totals(records: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
@@ -224,15 +236,8 @@ class Store:
         return sum(self.manifest["counts"][split] for split in splits)
 
     def shards(self, *splits: str) -> list[np.memmap]:
-        """Memory maps of the splits' shards in order, each uint8 (n, C, H, W).
-
-        Each keeps a file open, and LSUN's 741 may be mapped twice, while most systems start with a limit of 1,024: so
-        the limit is raised as far as the system allows a process.
-        """
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if soft != hard:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        return [np.load(self.path / name, mmap_mode="r") for split in splits for name in self._names(split)]
+        """Memory maps of the splits' shards in order, each uint8 (n, C, H, W)."""
+        return mapped([self.path / name for split in splits for name in self._names(split)])
 
     def _names(self, split: str) -> list[str]:
         shard = re.compile(re.escape(split) + r"-\d{5}\.npy")

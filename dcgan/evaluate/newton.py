@@ -43,9 +43,10 @@ def minimise(
         # In float64: in float32 50,000 terms lose digits that decide when to stop.
         objective = 0.5 * _squares(weights.double()) + c.double() * _squares(slack.double())
         gradient = weights - 2 * c * x.transposed(signs * slack)
-        bound, expected = 0.5 * _squares(gradient.double()) / objective, CAUTION * gain / objective
+        bound = 0.5 * _squares(gradient.double()) / objective
+        expected = torch.where(gain > 0, CAUTION * gain / objective, torch.inf)  # no gain: the step has overflowed
         left = torch.where(residual == CONFIRMING, torch.minimum(bound, expected), bound).squeeze(1)
-        open_ = (left > tol).nonzero().squeeze(1)
+        open_ = (~(left <= tol)).nonzero().squeeze(1)  # also NaN
         if not len(open_):
             return weights, found, objective.squeeze(1).cpu().numpy()
         residual = torch.where(expected <= tol, CONFIRMING, CG_RESIDUAL)

@@ -20,7 +20,7 @@ from dcgan.evaluate.newton import minimise
 from dcgan.evaluate.products import products, scores
 from dcgan.evaluate.samples import Samples, device
 
-TOLERANCE = 1e-3  # of the objective, as a proven bound; on digits the actual distance was at most 6e-5
+TOLERANCE = 1e-3  # of the objective, bounded or estimated by `minimise`; on digits the distance was at most 6e-5
 CHOICE_DRAWS = 10  # on which C is chosen; the SVHN code's number
 
 
@@ -47,8 +47,8 @@ class L2SVM(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-lea
     def fit(self, x: Samples | np.ndarray, y: np.ndarray) -> Self:
         """Learn from x (N, F) and labels y (N,).
 
-        Raises ValueError if y has one class or x a NaN, NotConvergedError if float32 does not reach `tol` (C far too
-        large).
+        Raises ValueError if y has one class, x a NaN or C is not above 0, NotConvergedError if float32 does not reach
+        `tol` (C far too large).
         """
         if isinstance(x, Samples):
             samples = x
@@ -80,10 +80,13 @@ class L2SVM(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-lea
 
 
 def fit_all(x: Samples, y: np.ndarray, grid: Sequence[float], tol: float = TOLERANCE) -> list[L2SVM]:
-    """A fitted SVM for each C, smallest first: all classes and penalties in the same passes over x.
+    """A fitted SVM for each C, smallest first, each from the one before; all classes in the same passes over x.
 
     Raises as `L2SVM.fit` does.
     """
+    for c in grid:
+        if not 0 < c < np.inf:
+            raise ValueError(f"C={c}: a penalty is above 0, and finite")
     classes = np.unique(y)
     if len(classes) < 2:
         raise ValueError(f"train has one class only, {classes[0]}: there is nothing to tell apart")

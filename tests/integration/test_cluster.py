@@ -342,6 +342,75 @@ def test_a_node_that_lacks_our_modules_is_named_before_any_work(tmp_path: Path) 
         assert line.endswith("No module named 'dcgan'"), line
 
 
+def test_workers_wait_for_room_on_a_cluster_and_say_so(tmp_path: Path) -> None:
+    program = f"""
+        import logging, time
+        from pathlib import Path
+        from dcgan import cluster, cluster_train
+        from dcgan.config import Compute
+        logging.basicConfig(level=logging.WARNING, format="%(message)s")
+        home = Path({str(tmp_path)!r})
+        def work(file):
+            Path(file).touch()
+        with cluster.session(home, 1):
+            import ray
+            busy = ray.remote(num_cpus=1)(lambda: time.sleep(12)).remote()
+            time.sleep(3)
+            cluster_train.launch(work, (str(home / "done"),), Compute(device="cpu"), home, "waiting")
+    """
+    with ray_nodes.cluster(tmp_path):
+        environment = {**os.environ, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "3"}
+        command = [sys.executable, "-c", textwrap.dedent(program)]
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "done").exists()
+    assert "Ray has 0 CPUs free of the 1 wanted, and is waited for" in done.stderr
+    assert "the cluster has no room for 1 workers; trying again" in done.stderr
+
+
+def test_a_job_whose_process_always_dies_is_given_up(ray_home: Path) -> None:
+    with pytest.raises(cluster.WorkerError, match="processes died again and again"):
+        list(cluster.scatter(lambda _: os._exit(1), ["job"], ray_home))
+
+
+def test_sigterm_while_ray_starts_is_as_at_any_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def connect(*_: object) -> None:
+        raise SystemExit(signal.SIGTERM)  # Ray's own handler
+
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.shutdown", lambda: None)
+    monkeypatch.setattr(cluster, "_connect", connect)
+    before = signal.signal(signal.SIGTERM, lambda *_: seen.append("called"))
+    try:
+        with pytest.raises(KeyboardInterrupt), cluster.session(tmp_path, 1):
+            raise AssertionError("not reached")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert seen == ["called"]
+
+
+def test_a_cluster_that_cannot_be_joined_is_said_in_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(address: str, **_: object) -> None:
+        raise RuntimeError("Version mismatch: The cluster was started with Python 3.12")
+
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", init)
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    with (
+        pytest.raises(cluster.WorkerError, match=r"RAY_ADDRESS=head:6379 can't be joined .*Version mismatch"),
+        cluster.session(tmp_path, 1),
+    ):
+        raise AssertionError("not reached")
+
+
+def test_a_cluster_without_a_cpu_is_said_before_anything_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.nodes", lambda: [{"NodeID": "head", "Alive": True, "Resources": {}}])
+    with pytest.raises(ValueError, match="no Ray node has 2 CPUs and a GPU"):
+        cluster.check_nodes(print, 1, 2, True)
+
+
 def test_no_job_starts_nothing(tmp_path: Path) -> None:
     assert list(cluster.scatter(str, [], tmp_path / "none")) == []
     assert not (tmp_path / "none").exists()

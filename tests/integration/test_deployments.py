@@ -183,10 +183,10 @@ def test_a_table_whose_data_is_absent_says_so_and_completes(stack: Stack, tmp_pa
     assert str(tmp_path) in page
 
 
-def test_cancelled_flow_stops_its_ray_workers_and_its_mlflow_run(stack: Stack) -> None:
+def test_cancelled_flow_keeps_a_checkpoint_and_stops_its_ray_workers_and_its_mlflow_run(stack: Stack) -> None:
     runs = stack.home / "runs"
     before = set(runs.iterdir())
-    words = [*SMALL, "train.steps=1000000"]
+    words = [*SMALL, "train.steps=1000000", "train.checkpoint_every=1000000", "compute.workers=1"]
     stack.prefect("deployment", "run", "train-eval/digits", "-p", f"overrides={json.dumps(words)}")
     until(lambda: [run for run in set(runs.iterdir()) - before if (run / "metrics.jsonl").exists()], 300)
     (run,) = set(runs.iterdir()) - before
@@ -196,6 +196,8 @@ def test_cancelled_flow_stops_its_ray_workers_and_its_mlflow_run(stack: Stack) -
     until(lambda: stack.flow_runs()[0]["state"]["type"] == "CANCELLED", 90)
     until(lambda: Ledger.load(run / "mlflow.json").status == "KILLED", 60)
     until(lambda: not any("ray::" in command or "raylet" in command for command in stack.processes()), 60)
+    opened = Run.open(run)
+    assert checkpoint.steps(opened) == [opened.metrics()[-1]["step"]], "SIGTERM to all processes spares Ray's"
 
 
 def test_a_server_that_dies_ends_nothing_up_again_starts_nothing_twice_and_down_leaves_nothing(stack: Stack) -> None:

@@ -56,7 +56,7 @@ def test_all_stages_then_an_artifact_and_a_second_run_trains_nothing(home: Path)
 
 def test_a_flow_run_that_another_process_trains_leaves_its_mlflow_run_alone(home: Path) -> None:
     run = stages.ingest(config.build("digits", words(home, "train.seed=2")))
-    with run.lock():
+    with run.claim():
         state = train_eval("digits", words(home, "train.seed=2"), return_state=True)
     assert state.is_failed()
     assert "is being written by process" in str(state.message)

@@ -1,5 +1,6 @@
 """Stores and runs at s3://: a real server over HTTP, with faults, kills and a small cache."""
 
+import hashlib
 import json
 import math
 import random
@@ -135,6 +136,20 @@ def test_a_name_that_leads_elsewhere_is_refused(server: s3.Store, tmp_path: Path
     with pytest.raises(storage.CorruptError, match=re.escape(repr(name))):
         mirror._pull(there, "stores/one", tmp_path / "stores" / "one", manifest)
     assert not list(tmp_path.rglob("*outside*"))
+
+
+def test_a_full_disk_is_not_the_remotes_fault(server: s3.Store, tmp_path: Path) -> None:
+    """/dev/full refuses what is written, as a disk without room does."""
+    here = tmp_path / "file"
+    here.write_bytes(b"content")
+    there = Remote("s3://bucket")
+    there.upload(here, "file")
+    (tmp_path / ".copy.part").symlink_to("/dev/full")
+    before = len(server.log)
+    with pytest.raises(OSError, match=r"No space left on device.*copy") as error:
+        there.download("file", tmp_path / "copy", 7, hashlib.sha256(b"content").hexdigest())
+    assert not isinstance(error.value, RemoteError)
+    assert len([seen for seen in server.log[before:] if seen.method == "GET"]) == 1
 
 
 def test_the_longest_unused_stores_make_room(

@@ -68,6 +68,14 @@ def test_calibration_is_the_mean_over_batches_of_real_images(trained, monkeypatc
     assert d.norms[0].momentum == 0.1
 
 
+def test_calibration_changes_nothing_but_the_statistics(trained):
+    _, d = models.build(Model(kernel=4, width=2, spectral_norm=True), 1, 0, 28, seed=0)
+    before = {name: value.clone() for name, value in d.state_dict().items()}
+    features.calibrate(d, trained.store(), torch.device("cpu"))
+    changed = {name for name, value in d.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"norms.0.running_mean", "norms.0.running_var"}
+
+
 def test_banks_hold_every_image_in_order_and_both_sources(trained):
     store = trained.store()
     banks = {f"{source}-{trained.scored}" for source in ("discriminator-4", "random_init-0")}
@@ -101,6 +109,15 @@ def test_who_does_the_parts_and_in_which_order_changes_nothing(trained, monkeypa
         assert {"train-00003-1.npy", "test-00001-0.npy"} <= found[0].keys()
         whole = np.concatenate([np.load(next(trained.features.glob(f"disc*/train-{i:05d}-1.npy"))) for i in range(4)])
         assert np.array_equal(bank[:, -whole.shape[1] :], whole)
+
+        monkeypatch.setattr(features, "PART", 5000)
+        _, net, _ = checkpoint.load_nets(checkpoint.chosen(trained))
+        features.calibrate(net, trained.store(), torch.device("cpu"))
+        with torch.no_grad():
+            images = normalise(torch.from_numpy(np.array(trained.store().images("train"))))
+            expected = features.Extractor(net)(images).numpy()
+        assert bank.shape == expected.shape
+        np.testing.assert_allclose(bank, expected, rtol=2e-3, atol=1e-4)  # float16 on disk
     finally:
         for directory in kept:
             shutil.rmtree(directory, ignore_errors=True)

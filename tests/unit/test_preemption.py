@@ -10,7 +10,7 @@ from pathlib import Path
 import fabricated
 import pytest
 
-from dcgan import checkpoint, preemption, stages
+from dcgan import checkpoint, preemption, stages, storage
 from dcgan.run import Run
 from dcgan.step import Game
 
@@ -44,6 +44,22 @@ def wait(run: Run, again: bool) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         threading.Event().wait(60)
         raise AssertionError("not reached")
+
+
+def test_what_goes_wrong_while_it_ends_does_not_keep_it_from_ending(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    def end() -> None:
+        with preemption.awaited(run):
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise OSError("a full disk")
+
+    with pytest.raises(KeyboardInterrupt):
+        end()
+    assert "a full disk" in caplog.text
+
+
+def test_a_run_that_is_about_to_be_trained_is_not_trained_by_another(run: Run) -> None:
+    with run.claim(), pytest.raises(storage.BusyError, match=f"run {run.name} is being written by process"):
+        stages.train(run)
 
 
 def test_what_a_killed_process_left_stops_nothing(run: Run) -> None:

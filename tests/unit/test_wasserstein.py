@@ -31,21 +31,36 @@ def test_worse_images_are_further_away_and_collapse_is_furthest():
     assert collapsed > 2 * again
 
 
-def test_one_level_matches_scipy():
-    """The mean over directions of SciPy's one-dimensional distance on the same normalised patches."""
-    real, fake = images(0, 32)[:, :, :14, :14], images(1, 32, 0.3)[:, :, :14, :14]
-    got = wasserstein.Reference(real, seed=3).distance(fake)
-    generator = torch.Generator().manual_seed(3)
-    corners = torch.randint(8, (wasserstein.PATCHES, 2), generator=generator).tolist()
-    flat = []
-    for batch in (real, fake):
-        patches = np.concatenate([batch[:, :, y : y + 7, x : x + 7].numpy() for y, x in corners])
-        patches = (patches - patches.mean((0, 2, 3), keepdims=True)) / patches.std((0, 2, 3), keepdims=True, ddof=1)
-        flat.append(patches.reshape(len(patches), -1))
-    directions = torch.randn(147, wasserstein.DIRECTIONS, generator=generator).numpy()
-    directions /= np.linalg.norm(directions, axis=0)
-    expected = np.mean([wasserstein_distance(flat[0] @ d, flat[1] @ d) for d in directions.T])
-    assert float(got) == pytest.approx(expected, rel=1e-4)
+def doubled(values, axis):
+    """Linear interpolation to twice as many, between the centres of pixels."""
+    places = np.arange(2 * values.shape[axis])
+    other = np.clip(places // 2 + np.where(places % 2, 1, -1), 0, values.shape[axis] - 1)
+    return 0.75 * np.repeat(values, 2, axis) + 0.25 * np.take(values, other, axis)
+
+
+@pytest.mark.parametrize("size", [14, 28])
+def test_the_distance_is_scipys_of_each_band(size):
+    """The mean over levels and directions of SciPy's one-dimensional distance on the same normalised patches."""
+    sets = [images(0, 32)[:, :, :size, :size], images(1, 32, 0.3)[:, :, :size, :size]]
+    got = wasserstein.Reference(sets[0], seed=3).distance(sets[1])
+    levels = [[each.numpy() for each in sets]]
+    if size == 28:
+        coarse = [each.reshape(32, 3, 14, 2, 14, 2).mean((3, 5)) for each in levels[0]]
+        fine = [each - doubled(doubled(low, 2), 3) for each, low in zip(levels[0], coarse, strict=True)]
+        levels = [fine, coarse]
+    generator, expected = torch.Generator().manual_seed(3), []
+    for level in levels:
+        side = level[0].shape[-1] - 6
+        corners = torch.randint(side, (wasserstein.PATCHES, 2), generator=generator).tolist()
+        flat = []
+        for batch in level:
+            patches = np.concatenate([batch[:, :, y : y + 7, x : x + 7] for y, x in corners])
+            patches = (patches - patches.mean((0, 2, 3), keepdims=True)) / patches.std((0, 2, 3), keepdims=True, ddof=1)
+            flat.append(patches.reshape(len(patches), -1))
+        directions = torch.randn(147, wasserstein.DIRECTIONS, generator=generator).numpy()
+        directions /= np.linalg.norm(directions, axis=0)
+        expected.append(np.mean([wasserstein_distance(flat[0] @ d, flat[1] @ d) for d in directions.T]))
+    assert float(got) == pytest.approx(np.mean(expected), rel=1e-4)
 
 
 def test_every_size_has_levels_down_to_fourteen_pixels():

@@ -54,8 +54,9 @@ def read(data: Data, downloads: Path) -> Opened:
     test = files.where(lambda sha256: held_out(sha256, data.test_fraction))
     train = files.where(lambda sha256: not held_out(sha256, data.test_fraction))
     require_both(str(root), len(train), len(test), data.test_fraction)
+    shown = tuple(map(_shown, classes))
     return Opened(
-        Description(data.name, classes, data.size, 3, f"EXIF orientation applied; RGB; {TRANSFORM}"),
+        Description(data.name, shown, data.size, 3, f"EXIF orientation applied; RGB; {TRANSFORM}"),
         {"train": train, "test": test},
         (whole,),
     )
@@ -117,6 +118,11 @@ def _classes(root: Path, names: Sequence[bytes]) -> tuple[str, ...]:
             f"{root / first['']} lies beside class directories ({classes[0]}, ...): move it into one or away"
         )
     return classes
+
+
+def _shown(name: str) -> str:
+    """A file's name as text that can be printed: what is not UTF-8 in it as \\x.."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _hashes(root: Path, names: Sequence[bytes]) -> tuple[list[bytes], SourceFile]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import struct
 import zlib
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.transforms import v2
 
 from dcgan.data.decode import UnreadableError, decode, square
@@ -76,6 +77,28 @@ def test_any_mode_becomes_rgb(mode: str) -> None:
     image = photograph(40, 40).convert(mode)
     raw = encoded(image, "TIFF" if mode == "CMYK" else "PNG")
     np.testing.assert_array_equal(decode(raw, 32), square(image.convert("RGB"), 32))
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_every_orientation_is_undone_as_pillow_does(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    raw = encoded(photograph(40, 40), "PNG", exif=exif)
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(raw)))).transpose(2, 0, 1)
+    np.testing.assert_array_equal(decode(raw, 40, exif=True), expected)
+
+
+def test_other_tags_that_are_not_as_they_should_be_do_not_matter() -> None:
+    """The name of a program as a fraction, which Pillow reads and can't write again."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    right = decode(encoded(photograph(40, 40), exif=exif), 32, exif=True)
+    tags = [struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0), struct.pack("<HHII", 0x0131, 5, 1, 8 + 2 + 2 * 12 + 4)]
+    tiff = struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + b"".join(tags) + struct.pack("<III", 0, 1, 3)
+    wrong = encoded(photograph(40, 40), exif=b"Exif\0\0" + tiff)
+    with pytest.raises(AttributeError):
+        ImageOps.exif_transpose(Image.open(io.BytesIO(wrong)))
+    np.testing.assert_array_equal(decode(wrong, 32, exif=True), right)
 
 
 def test_exif_is_followed_where_asked() -> None:

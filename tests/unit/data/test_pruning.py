@@ -1,14 +1,18 @@
 """Near-duplicates leave the training images, and only they; what was found can be looked at."""
 
 import json
+import os
+import resource
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from dcgan.config import Data
-from dcgan.data import shards
+from dcgan.data import dedup, shards
 from dcgan.data.ingest import ingest
 from dcgan.data.store import Store
 
@@ -69,6 +73,44 @@ def test_what_was_found_is_shown(tree: Path, tmp_path: Path) -> None:
         assert sheet.width > 2 * 32
 
 
+def test_stores_on_another_file_system_are_as_good(tree: Path, tmp_path: Path) -> None:
+    other = Path("/dev/shm")
+    if not other.is_dir() or other.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("a single file system")
+    home = tmp_path / "home"
+    home.mkdir()
+    with tempfile.TemporaryDirectory(dir=other) as stores:
+        (home / "stores").symlink_to(stores)
+        pruned = opened(tree, home, True)
+        assert (home / "duplicates" / pruned.fingerprint / "sheet.png").is_file()
+        assert not list((home / "stores").glob(".*"))
+
+
+def test_more_shards_than_files_may_be_open_at_first(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "BYTES", 3 * 32 * 32)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    find = dedup.find
+
+    def limited(arrays: Any) -> Any:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        return find(arrays)
+
+    made = shards.made
+    monkeypatch.setattr(dedup, "find", limited)
+
+    def low(job: Any) -> Any:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 80, hard))
+        return made(job)
+
+    monkeypatch.setattr(shards, "made", low)
+    try:
+        assert opened(tree, tmp_path / "home", True).count("train") > 80
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 def test_images_that_differ_all_stay(tmp_path: Path) -> None:
     (tmp_path / "tree").mkdir()
     for i in range(60):
@@ -93,7 +135,7 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("at", ["os.rename", "pathlib.Path.rename", "shutil.rmtree"])
+@pytest.mark.parametrize("at", ["os.rename", "shutil.move", "shutil.rmtree"])
 def test_killed_while_it_is_published_the_store_is_the_same(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from sklearn.cluster import KMeans
 from sklearn.datasets import load_digits
 
-from dcgan.evaluate.kmeans import kmeans, lloyd, plus_plus, squared_distances
+from dcgan.evaluate.kmeans import _refill, kmeans, lloyd, plus_plus, squared_distances
 from dcgan.evaluate.samples import Samples
 
 
@@ -99,6 +99,17 @@ def test_a_cluster_whose_samples_all_go_to_empty_ones_stays_where_it_is():
 def test_equal_samples_are_one_cluster_at_no_distance():
     found = kmeans(Samples.of(np.ones((20, 4), np.float32)), 3, 2, 0)
     assert found.inertia == 0
+    assert len(np.unique(found.labels)) == 1
+
+
+def test_a_sample_that_fills_an_empty_cluster_leaves_its_own():
+    data = np.array([[0, 0], [0, 1], [9, 9]], np.float32)
+    x = Samples.of(data)
+    nearest, distances = torch.tensor([[0, 0, 0]]), torch.tensor([[0.0, 1.0, 162.0]])
+    sums, sizes = torch.tensor([[[9.0, 10.0], [0.0, 0.0]]]), torch.tensor([[3, 0]])
+    _refill(x, nearest, distances, sums, sizes)
+    assert sums.tolist() == [[[0, 1], [9, 9]]]
+    assert sizes.tolist() == [[2, 1]]
 
 
 def test_the_seed_decides():

@@ -6,9 +6,15 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 
 from dcgan.config import Evaluate
-from dcgan.evaluate import knn
+from dcgan.evaluate import knn, samples
 from dcgan.evaluate.inputs import hold_out
 from dcgan.evaluate.samples import Samples
+
+
+@pytest.fixture(autouse=True)
+def many_blocks(monkeypatch):
+    """As features of full size have: those of the tests would be a single one."""
+    monkeypatch.setitem(samples.BLOCK_BYTES, "cpu", 1)  # 16 rows
 
 
 def blobs(spread=0.5, n=150, seed=0):
@@ -57,6 +63,35 @@ def test_the_chosen_number_is_the_best_on_the_held_out_fifth():
     assert found["knn/neighbours"] == max(sorted(held_out), key=held_out.get)
     everything = KNeighborsClassifier(int(found["knn/neighbours"]), algorithm="brute").fit(train_x, train_y)
     assert found["knn/accuracy"] == pytest.approx(everything.score(test_x, test_y))
+
+
+def test_few_labels_are_those_of_the_draws_and_none_that_the_number_is_chosen_on(monkeypatch):
+    train_x, train_y, test_x, test_y = blobs(0.7, n=300)
+    train_y, test_y = train_y % 2, test_y % 2  # two classes can't tie
+    settings = Evaluate(neighbours=(1, 5), labels_per_class=6, draws=12)
+    drawn = []
+    real = knn.accuracies
+
+    def accuracies(known, known_y, asked, asked_y, tried):
+        drawn.append((known.rows.numpy(), asked_y is test_y, tried))
+        return real(known, known_y, asked, asked_y, tried)
+
+    monkeypatch.setattr(knn, "accuracies", accuracies)
+    found = knn.score_few_labels(train_x, train_y, test_x, test_y, settings)
+    _, held = hold_out(train_y, settings.seed)
+    chosen = int(found["knn_few_labels/neighbours"])
+    assert [(tested, tried) for _, tested, tried in drawn] == [(False, [1, 5])] * 10 + [(True, [chosen])] * 12
+    scores: dict[int | str, list[float]] = {1: [], 5: [], "test": []}
+    for rows, tested, tried in drawn:
+        assert (np.bincount(train_y[rows]) == 6).all()
+        assert not np.intersect1d(rows, held).size
+        x, y = (test_x, test_y) if tested else (train_x[held], train_y[held])
+        for k in tried:
+            model = KNeighborsClassifier(k, algorithm="brute").fit(train_x[rows], train_y[rows])
+            scores["test" if tested else k].append(model.score(x, y))
+    assert found["knn_few_labels/validation_accuracy"] == pytest.approx(max(np.mean(scores[k]) for k in (1, 5)))
+    assert found["knn_few_labels/accuracy"] == pytest.approx(np.mean(scores["test"]))
+    assert found["knn_few_labels/accuracy_std"] == pytest.approx(np.std(scores["test"], ddof=1))
 
 
 def test_nearest_are_exact_and_in_order():

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 from sklearn.preprocessing import StandardScaler
 
+from dcgan.evaluate import samples as samples_module
 from dcgan.evaluate.samples import Samples
+
+
+@pytest.fixture(autouse=True)
+def many_blocks(monkeypatch):
+    """As features of full size have: those of the tests would be a single one."""
+    monkeypatch.setitem(samples_module.BLOCK_BYTES, "cpu", 1)  # 16 rows
 
 
 def all_rows(samples, size=7):

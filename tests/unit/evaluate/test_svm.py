@@ -8,8 +8,17 @@ from sklearn.svm import LinearSVC
 from sklearn.utils.estimator_checks import check_estimator
 
 from dcgan.config import Evaluate
+from dcgan.evaluate import products, samples
+from dcgan.evaluate.inputs import hold_out
 from dcgan.evaluate.samples import NotConvergedError, Samples
 from dcgan.evaluate.svm import L2SVM, fit_all, score, score_few_labels
+
+
+@pytest.fixture(autouse=True)
+def many_blocks(monkeypatch):
+    """As features of full size have: those of the tests would be a single one."""
+    monkeypatch.setitem(samples.BLOCK_BYTES, "cpu", 1)  # 16 rows
+    monkeypatch.setattr(products, "COLUMNS", 50)
 
 
 def digits(scaled=True):
@@ -159,6 +168,17 @@ def test_refuses_one_class_and_a_tolerance_that_float32_can_not_reach():
         L2SVM(C=1, tol=1e-30).fit(x[:100, :5], y[:100])
 
 
+@pytest.mark.parametrize("c", [-1.0, 0.0, np.nan, np.inf])
+def test_a_penalty_that_is_none_is_refused(c):
+    with pytest.raises(ValueError, match=f"C={c}: a penalty is above 0, and finite"):
+        L2SVM(C=c).fit(*digits())
+
+
+def test_a_step_that_overflows_is_no_minimum():
+    with pytest.raises(NotConvergedError, match=r"with C=1e\+20 is within"):
+        L2SVM(C=1e20).fit(*digits())
+
+
 def split(classes=5, n=60, spread=1.0, seed=0):
     """Gaussian classes in 8 dimensions of very different scale: train and test."""
     rng = np.random.default_rng(seed)
@@ -224,6 +244,22 @@ def test_equal_validation_accuracies_choose_the_smaller_c():
     assert score(*arrays, Evaluate(c_grid=(1.0, 0.1)))["svm/c"] == 0.1
     settings = Evaluate(c_grid=(1.0, 0.1), draws=2, labels_per_class=10)
     assert score_few_labels(*arrays, settings)["svm_few_labels/c"] == 0.1
+
+
+def test_draws_have_the_labels_asked_for_and_none_that_c_is_chosen_on(monkeypatch):
+    from dcgan.evaluate import svm
+
+    drawn = []
+    real = svm.fit_all
+    monkeypatch.setattr(svm, "fit_all", lambda x, y, grid: drawn.append((x.rows.numpy(), y)) or real(x, y, grid))
+    train_x, train_y, test_x, test_y = split(spread=2.0)
+    score_few_labels(train_x, train_y, test_x, test_y, SETTINGS)
+    _, held = hold_out(train_y, SETTINGS.seed)
+    assert len({tuple(rows) for rows, _ in drawn}) == SETTINGS.draws
+    for rows, y in drawn:
+        assert (y == train_y[rows]).all()
+        assert (np.bincount(y) == SETTINGS.labels_per_class).all()
+        assert not np.intersect1d(rows, held).size
 
 
 def test_few_labels_mean_and_deviation_are_those_of_its_draws(monkeypatch):

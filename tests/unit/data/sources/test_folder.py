@@ -1,5 +1,6 @@
 """Any tree of images: what counts, what is refused, and that nothing but the content decides."""
 
+import json
 import logging
 import os
 import struct
@@ -18,7 +19,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from dcgan.config import Data
-from dcgan.data import records
+from dcgan.data import catalogue, records, shards, store
 from dcgan.data.ingest import ingest
 from dcgan.data.sources import folder
 from dcgan.data.sources.base import Opened
@@ -204,6 +205,35 @@ def test_an_unreadable_image_is_refused_or_skipped_by_name(
     assert store.manifest["skipped"] == ["cats/bad.png"]
     assert "cats/bad.png skipped" in caplog.text
     assert store.count("train") + store.count("test") == 20
+
+
+def test_what_was_skipped_is_refused_before_other_images_are_decoded(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a command without `skip`, which goes on with the shards of one that was killed."""
+    damaged(tree / "cats" / "bad.png", "empty")
+    monkeypatch.setattr(shards, "BYTES", 4 * 3 * 32 * 32)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(store, "finish", killed)
+    with pytest.raises(KeyboardInterrupt):
+        ingest(given(tree, unreadable="skip"), tmp_path / "home")
+    for record in (tmp_path / "home").rglob("*.json"):
+        if "bad.png" not in record.read_text():
+            record.unlink()  # as if the others had not been made yet
+    monkeypatch.setattr(shards, "make", lambda job: pytest.fail("decoded"))
+    with pytest.raises(ValueError, match=r"cats/bad\.png can't be decoded"):
+        ingest(given(tree), tmp_path / "home")
+
+
+def test_a_class_whose_name_is_not_utf_8_can_be_shown(tree: Path, tmp_path: Path) -> None:
+    os.rename(tree / "cats", os.fsencode(tree) + b"/caf\xe9")
+    opened = Store.open(tmp_path / "home", ingest(given(tree), tmp_path / "home"))
+    assert sorted(opened.classes)[0] == "caf\\xe9"
+    catalogue.describe(opened.path).encode()
+    json.dumps(catalogue.profile(opened)).encode()
 
 
 def test_pixels_over_pillows_limit_are_refused(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
