@@ -5,6 +5,7 @@
 <remote>/runs/<name>/               all of a run except its features, which are made again from a checkpoint
 """
 
+import fcntl
 import json
 import logging
 import math
@@ -23,6 +24,7 @@ log = logging.getLogger(__name__)
 
 EVERY = 30  # seconds between copies of a run that is being trained
 PATIENCE = 10  # seconds for the last copy of a run that was interrupted; the same command would resume it
+_used: dict[Path, int] = {}  # stores used by this process, each with the descriptor that holds its lock
 LOCAL = ("features/", ".")  # the parts of a run that stay here
 
 
@@ -52,8 +54,9 @@ def _push(remote: Remote, directory: Path, at: str, there: dict[str, int]) -> No
 def pull_store(home: Path, url: str, fingerprint: str, cache_gb: float) -> bool:
     """Copy a store from the remote into the home, file by file, each verified; False if it is not there.
 
-    An interrupted copy is resumed. If all stores would exceed `cache_gb`, those that the remote also has are removed
-    first, the longest unused before others. Raises RemoteError, CorruptError, or OSError if there still is no room.
+    An interrupted copy is resumed. If all stores would exceed `cache_gb`, those that the remote also has and that are
+    not in use are removed first, the longest unused before others. Raises RemoteError, CorruptError, or OSError if there
+    still is no room.
     """
     remote, stores = Remote(url), home / "stores"
     lock = stores / "index" / f"{fingerprint}.lock"
@@ -100,10 +103,22 @@ def _check_names(remote: Remote, at: str, names: Iterable[str]) -> None:
             raise storage.CorruptError(f"{remote.url}/{at} has a file {name!r}, which is no path below it")
 
 
-def touch(store: Path) -> None:
-    """Record that a store was used now."""
+def use(store: Path) -> None:
+    """Record that a store is used now, and keep this host's processes from removing it until this one ends."""
     now = time.time_ns()  # finer than the kernel's own clock for files, which ticks every few milliseconds
     os.utime(store, ns=(now, now))
+    if store not in _used:
+        _used[store] = os.open(store / storage.MANIFEST, os.O_RDONLY)
+        fcntl.flock(_used[store], fcntl.LOCK_SH)
+
+
+def _is_used(store: Path) -> bool:
+    with (store / storage.MANIFEST).open() as manifest:
+        try:
+            fcntl.flock(manifest, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def _make_room(remote: Remote, stores: Path, needed: int, cache_gb: float) -> None:
@@ -117,14 +132,14 @@ def _make_room(remote: Remote, stores: Path, needed: int, cache_gb: float) -> No
     for path in there:
         if sum(sizes.values()) + needed <= limit:
             return
-        if remote.read(f"stores/{path.name}/{storage.MANIFEST}") is not None:
+        if not _is_used(path) and remote.read(f"stores/{path.name}/{storage.MANIFEST}") is not None:
             log.info("removing the copy of image store %s to make room: %s keeps it", path.name, remote.url)
             storage.discard(path)
             sizes.pop(path)
     if sum(sizes.values()) + needed > limit:
         raise OSError(
-            f"{stores} holds {sum(sizes.values()) / 1e9:.2f} GB of image stores that {remote.url} does not have; with "
-            f"{needed / 1e9:.2f} GB more that is over data.cache_gb={cache_gb:g}"
+            f"{stores} holds {sum(sizes.values()) / 1e9:.2f} GB of image stores that are in use, or that {remote.url} "
+            f"does not have; with {needed / 1e9:.2f} GB more that is over data.cache_gb={cache_gb:g}"
         )
 
 

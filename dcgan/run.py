@@ -112,7 +112,7 @@ class Run:
             from dcgan import mirror
 
             if path.exists():
-                mirror.touch(path)
+                mirror.use(path)
             else:
                 mirror.pull_store(self.home, data.remote, fingerprint, data.cache_gb)
         return Store.open(self.home, fingerprint, verify, share)

@@ -59,7 +59,12 @@ def images(experiment: Experiment, data: Data) -> Store:
     from dcgan.data import ingest
 
     make = ingest.by_threads if experiment.compute.workers == 0 else _by_ray(experiment.home)
-    return Store.open(experiment.home, ingest.ingest(data, experiment.home, verify=True, maker=make))
+    fingerprint = ingest.ingest(data, experiment.home, verify=True, maker=make)
+    if data.remote:
+        from dcgan import mirror
+
+        mirror.use(experiment.home / "stores" / fingerprint)
+    return Store.open(experiment.home, fingerprint)
 
 
 def _scored_on(experiment: Experiment) -> Data:

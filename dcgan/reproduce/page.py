@@ -37,8 +37,10 @@ def _table(name: str, table: Table, records: Records) -> str:
     for row in table.rows:
         lines += map(_line, _rows(table, row, records.get(row.key)))
     lines.append("")
+    origins: dict[str, list[str]] = {}
     for row in table.rows:
-        lines += _origin(row, records.get(row.key))
+        origins.setdefault(_origin(row, records.get(row.key)), []).append(f"**{row.method}**")
+    lines += [f"- {', '.join(methods)}: {origin}" for origin, methods in origins.items()]
     return "\n".join([*lines, ""])
 
 
@@ -80,13 +82,12 @@ def cell(column: Column, figure: Figure) -> str:
     return text if figure.spread is None else f"{text} ± {scale * figure.spread:.{digits}f}"
 
 
-def _origin(row: Row, record: dict[str, Any] | None) -> Iterator[str]:
-    """A list item: where the published figure is from, and how, where and when the row was measured, or why not."""
+def _origin(row: Row, record: dict[str, Any] | None) -> str:
+    """Where the published figure is from, and how, where and when the row was measured, or why not."""
     source = f" Published: {row.source}." if row.source else ""
     if record is None or "reason" in record:
         reason = record["reason"] if record else row.measure if isinstance(row.measure, str) else ""
-        yield f"- **{row.method}**: {reason or 'not measured: not run yet'}.{source}"
-        return
+        return f"{reason or 'not measured: not run yet'}.{source}"
     spreads = {f"{of}" for _, _, of in record["figures"].values() if of}
     parts = [
         record["scale"],
@@ -97,7 +98,7 @@ def _origin(row: Row, record: dict[str, Any] | None) -> Iterator[str]:
         f"commit {record['commit']}" if record["commit"] else "no commit",
         record["date"],
     ]
-    yield f"- **{row.method}**: {'; '.join(parts)}.{source} `{record['command']}`"
+    return f"{'; '.join(parts)}.{source} `{record['command']}`"
 
 
 def _value(value: Any) -> str:

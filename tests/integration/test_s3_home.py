@@ -161,14 +161,17 @@ def test_the_longest_unused_stores_make_room(
     home, each = tmp_path / "home", sum(map(len, content(homes[0].path).values())) / 1e9
     for made in homes[:2]:
         assert mirror.pull_store(home, URL, made.fingerprint, 2.5 * each)
-    mirror.touch(home / "stores" / homes[0].fingerprint)
+    mirror.use(home / "stores" / homes[0].fingerprint)
     assert mirror.pull_store(home, URL, homes[2].fingerprint, 2.5 * each)
     there = {path.name for path in (home / "stores").glob("[0-9a-f]*")}
     assert there == {homes[0].fingerprint, homes[2].fingerprint}
+    with pytest.raises(OSError, match="of image stores that are in use"):
+        mirror.pull_store(home, URL, homes[1].fingerprint, 1.5 * each)
+    assert (home / "stores" / homes[0].fingerprint).is_dir()
     with pytest.raises(OSError, match=r"data\.cache_gb=.* is too little for a store of"):
         mirror.pull_store(home, URL, homes[1].fingerprint, 0.5 * each)
     shutil.copytree(homes[3].path, home / "stores" / homes[3].fingerprint)  # the only copy there is
-    with pytest.raises(OSError, match="of image stores that s3://bucket/team does not have"):
+    with pytest.raises(OSError, match="of image stores that are in use, or that s3://bucket/team does not have"):
         mirror.pull_store(home, URL, homes[1].fingerprint, 1.5 * each)
     assert (home / "stores" / homes[3].fingerprint).is_dir()
 

@@ -527,7 +527,7 @@ def test_the_page_shows_published_measured_controls_and_reasons(tiny: tuple[str,
     assert "| absent |  | not measured | not measured |" in text
     assert "- **absent**: not measured: no photographs below HOME/x: give data.source." in text
     assert "| quoted | 75.00 | not measured | not measured |" in text
-    assert "- **trained**: not measured: not run yet." in text
+    assert "- **unstandardised**, **broken**, **trained**: not measured: not run yet." in text
     assert f"`dcgan reproduce tiny counted {tiny[0]}`" in text
     for table in reproduce.TABLES.values():
         assert f"## {table.title}\n" in text
