@@ -55,8 +55,8 @@ def pull_store(home: Path, url: str, fingerprint: str, cache_gb: float) -> bool:
     """Copy a store from the remote into the home, file by file, each verified; False if it is not there.
 
     An interrupted copy is resumed. If all stores would exceed `cache_gb`, those that the remote also has and that are
-    not in use are removed first, the longest unused before others. Raises RemoteError, CorruptError, or OSError if there
-    still is no room.
+    not in use are removed first, the longest unused before others. Raises RemoteError, CorruptError, or OSError if
+    there still is no room.
     """
     remote, stores = Remote(url), home / "stores"
     lock = stores / "index" / f"{fingerprint}.lock"
