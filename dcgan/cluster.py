@@ -10,6 +10,7 @@ import secrets
 import signal
 import tempfile
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -80,8 +81,8 @@ def scatter(
 ) -> Iterator[Result]:
     """Yield `function(job)` for each job, in order of completion: Ray Data, one CPU and one process per running job.
 
-    Jobs and results are pickled; both are small, large data goes through files. A job whose process dies is repeated,
-    up to RETRIES times.
+    Jobs and results are pickled; both are small, large data goes through files. A process that dies is started again,
+    up to RETRIES times, and its jobs are repeated.
     concurrency: most processes; None: one per CPU of the machine or cluster. device: as `compute.device`, decides
     whether each has a GPU. Raises what `function` raised, and stops the other jobs; or what `check_nodes` does.
     """
@@ -90,6 +91,7 @@ def scatter(
     with session(home, 1):
         import ray
         from ray.data import ActorPoolStrategy, DataContext
+        from ray.util.annotations import RayDeprecationWarning
 
         context = DataContext.get_current()
         context.enable_progress_bars = False
@@ -112,9 +114,12 @@ def scatter(
         check_nodes(function, most, 1, bool(gpus))
         pool = ActorPoolStrategy(size=most, max_tasks_in_flight_per_actor=3)
         data = ray.data.from_items([{"job": job} for job in jobs], override_num_blocks=len(jobs))
-        limits = {"max_restarts": RETRIES, "max_task_retries": RETRIES}  # by default there are none
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RayDeprecationWarning)  # of max_restarts, which has no other name yet
+            # By default there is no limit. Jobs have none: those of a lost node are tried until Ray knows of the loss.
+            done = data.map(Worker, num_cpus=1, num_gpus=gpus, compute=pool, max_restarts=RETRIES)
         try:
-            for row in data.map(Worker, num_cpus=1, num_gpus=gpus, compute=pool, **limits).iter_rows():
+            for row in done.iter_rows():
                 if row["error"] is not None:
                     raise row["error"]
                 yield row["result"]

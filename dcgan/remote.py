@@ -11,7 +11,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -165,13 +165,14 @@ def _aside(file: Path) -> Iterator[Any]:
     with _naming(file):
         out = part.open("wb")
     try:
-        with out:
-            yield out
-            with _naming(file):
-                out.flush()
-                os.fsync(out.fileno())
+        yield out
+        with _naming(file):
+            out.flush()
+            os.fsync(out.fileno())
         part.replace(file)
     finally:
+        with suppress(OSError):  # what a full disk had no room for is written once more
+            out.close()
         part.unlink(missing_ok=True)
 
 

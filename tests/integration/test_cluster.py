@@ -348,14 +348,25 @@ def test_workers_wait_for_room_on_a_cluster_and_say_so(tmp_path: Path) -> None:
         from pathlib import Path
         from dcgan import cluster, cluster_train
         from dcgan.config import Compute
-        logging.basicConfig(level=logging.WARNING, format="%(message)s")
         home = Path({str(tmp_path)!r})
+        said, working = str(home / "said"), str(home / "working")
+        class Handler(logging.StreamHandler):
+            def emit(self, record):
+                super().emit(record)
+                if "trying again" in record.getMessage():
+                    Path(said).touch()
+        logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[Handler()])
         def work(file):
             Path(file).touch()
+        def busy():
+            Path(working).touch()
+            while not Path(said).exists():
+                time.sleep(0.1)
         with cluster.session(home, 1):
             import ray
-            busy = ray.remote(num_cpus=1)(lambda: time.sleep(12)).remote()
-            time.sleep(3)
+            other = ray.remote(num_cpus=1)(busy).remote()
+            while not Path(working).exists():
+                time.sleep(0.1)
             cluster_train.launch(work, (str(home / "done"),), Compute(device="cpu"), home, "waiting")
     """
     with ray_nodes.cluster(tmp_path):

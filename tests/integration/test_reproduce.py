@@ -29,7 +29,7 @@ def server() -> Iterator[None]:
 
 
 def measured(setting: Setting) -> Measured:
-    return features(setting.extracted("digits"), "svm", {"accuracy": "svm/accuracy"})
+    return features(setting.extracted("digits", ["svm"]), "svm", {"accuracy": "svm/accuracy"})
 
 
 def refused(setting: Setting) -> Measured:
@@ -39,7 +39,10 @@ def refused(setting: Setting) -> Measured:
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """Digits in the place of a table whose data no test has."""
-    rows = (Row("digits", "digits", {"accuracy": Figure(0.9)}, "Nobody", measured), Row("no", "none", {}, "", refused))
+    rows = (
+        Row("digits", "digits", {"accuracy": Figure(0.9)}, "Nobody", measured, ("digits",)),
+        Row("no", "none", {}, "", refused, ("mnist",)),
+    )
     monkeypatch.setitem(TABLES, "mnist", Table("MNIST", (Column("accuracy", "accuracy, %", percent=True),), rows))
 
 
@@ -86,7 +89,7 @@ def test_a_run_whose_row_fails_after_training_has_failed(home: Path, monkeypatch
         setting.trained("digits")
         raise ValueError("the test labels are missing")
 
-    row = Row("digits", "digits", {}, "", fails)
+    row = Row("digits", "digits", {}, "", fails, ("digits",))
     monkeypatch.setitem(TABLES, "mnist", Table("MNIST", (Column("accuracy", "accuracy, %"),), (row,)))
     reproduce("mnist", overrides=[*SMALL, "train.batch_size=15", f"data.home={home}"])
     mlflow = MlflowClient(tracking.uri(home))

@@ -134,7 +134,7 @@ def test_a_checkpoint_that_a_kill_kept_from_being_named_best_is_found(store, cap
 
 def test_chosen_follows_the_experiment(store):
     run = make_run(store)
-    with pytest.raises(FileNotFoundError, match="no checkpoint: train it first"):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint: `dcgan train .*` makes one"):
         checkpoint.chosen(run)
     save(run, make_game(run, store), store, (1, 0.1), (2, 0.2))
     assert checkpoint.chosen(run).name == "1"

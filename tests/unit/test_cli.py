@@ -200,7 +200,7 @@ def test_a_run_in_use_is_named_in_one_line(home: Path, monkeypatch: pytest.Monke
             "data.source: an address at host with a user, a password",
         ),
         ("ingest mnist data.source=https://host/mnist?sig=secret", "data.source: an address at host with a user, a"),
-        ("sample digits", "digits is a preset; this command takes a run; `dcgan ingest digits` prints its path"),
+        ("sample digits", "digits is a preset; this command takes a run; th"),
         ("sync nothing-at-all", "'nothing-at-all' is neither a preset nor a run; presets are digits, mnist"),
         ("sample . --count 0", "argument --count: '0' is not a whole number of at least 1"),
         ("sample . --seed -1", "argument --seed: "),
