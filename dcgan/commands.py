@@ -64,8 +64,8 @@ def sample(chosen: argparse.Namespace) -> None:
     from dcgan import stages
 
     source = Path(chosen.source)
-    stages.sample(source if source.is_dir() else run_path(chosen.source), chosen.count, chosen.seed, chosen.out)
-    print(f"{chosen.count} images in {chosen.out}")
+    source = source if source.is_dir() else run_path(chosen.source)
+    print(f"{stages.sample(source, chosen.count, chosen.seed, chosen.out)} images in {chosen.out}")
 
 
 def sync(chosen: argparse.Namespace) -> None:

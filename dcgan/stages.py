@@ -272,10 +272,11 @@ def _push(run: Run) -> None:
         log.info("%s, which copies it to %s", error, run.experiment.data.remote)
 
 
-def sample(source: Path, count: int, seed: int, out: Path) -> None:
+def sample(source: Path, count: int, seed: int, out: Path) -> int:
     """Draw `count` images (that many per class, if conditional) from a run or a checkpoint directory into a PNG grid.
 
-    Needs the checkpoint only: no data, no server. Raises FileNotFoundError or CorruptError if there is none.
+    Needs the checkpoint only: no data, no server. Returns how many were drawn. Raises FileNotFoundError or CorruptError
+    if there is none.
     """
     from dcgan import checkpoint, pictures
     from dcgan.config import validate
@@ -287,3 +288,4 @@ def sample(source: Path, count: int, seed: int, out: Path) -> None:
     images = pictures.to_uint8(draw(generator, z, labels).numpy())
     columns = count if labels is not None else int(np.ceil(np.sqrt(count)))
     pictures.write_png(out, pictures.grid(images, columns))
+    return len(images)
