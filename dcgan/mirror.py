@@ -193,9 +193,14 @@ def _plain(run: Path) -> dict[str, list[int]]:
         name = path.relative_to(run).as_posix()
         sealed = name.startswith("checkpoints/") and name != "checkpoints/best.json"
         if path.is_file() and not sealed and not name.startswith(LOCAL) and not path.name.startswith("."):
-            status = path.stat()
-            found[name] = [status.st_size, status.st_mtime_ns]
+            found[name] = _state(path)
     return found
+
+
+def _state(path: Path) -> list[int]:
+    """What tells a file from a later version of it."""
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
 
 
 def _here(run: Path) -> set[int]:
@@ -231,12 +236,16 @@ def pull_run(run: Path, url: str) -> bool:
     if "experiment.json" not in there:
         return False
     newest, mine = max(steps, default=-1), max(_here(run), default=-1)
-    complete = all((run / name).exists() for name in _unsealed(there))
-    if (run / "experiment.json").exists() and (newest < mine or (newest == mine and complete)):
+    as_new = (run / "experiment.json").exists() and newest == mine
+    missing = [name for name in _unsealed(there) if not (run / name).exists()]
+    if (run / "experiment.json").exists() and (newest < mine or (as_new and not missing)):
         return False
     run.mkdir(parents=True, exist_ok=True)
     with storage.hold(run / ".lock", f"run {run.name}"):
-        _pull_run(remote, at, run, there, steps)
+        if as_new:  # what is here may be newer, and not there yet
+            _pull_unsealed(remote, at, run, missing)
+        else:
+            _pull_run(remote, at, run, there, steps)
     return True
 
 
@@ -247,12 +256,7 @@ def _pull_run(remote: Remote, at: str, run: Path, there: Iterable[str], steps: s
     version, is no longer part of the run.
     """
     _check_names(remote, at, there)
-    for name in set(_unsealed(there)) - {"experiment.json"}:
-        content = remote.read(f"{at}/{name}")
-        if name == "mlflow.json" and content is not None:
-            content = copied_ledger(content, run / name)
-        if content is not None:
-            storage.write_bytes(run / name, content)
+    _pull_unsealed(remote, at, run, set(_unsealed(there)) - {"experiment.json"})
     for step in sorted(steps | _here(run)):
         own, other = run / "checkpoints" / str(step), f"{at}/checkpoints/{step}"
         manifest = remote.read(f"{other}/{storage.MANIFEST}")
@@ -261,11 +265,23 @@ def _pull_run(remote: Remote, at: str, run: Path, there: Iterable[str], steps: s
             storage.discard(own)
         if manifest is not None and known != manifest:
             _pull(remote, other, own, manifest)
-    content = remote.read(f"{at}/experiment.json")
-    if content is not None:
-        storage.write_bytes(run / "experiment.json", content)
-    sent = {name: state for name, state in _plain(run).items() if name in there}
-    storage.write_json(run / ".remote.json", {"url": remote.url, "sent": sent})  # what is as new there is not sent back
+    _pull_unsealed(remote, at, run, ["experiment.json"])
+
+
+def _pull_unsealed(remote: Remote, at: str, run: Path, names: Iterable[str]) -> None:
+    """Copy files that are not part of a sealed directory, and record that they are as new here: not to be sent back."""
+    _check_names(remote, at, names)
+    ledger = run / ".remote.json"
+    known = json.loads(ledger.read_text()) if ledger.exists() else {}
+    sent = known["sent"] if known.get("url") == remote.url else {}
+    for name in names:
+        content = remote.read(f"{at}/{name}")
+        if name == "mlflow.json" and content is not None:
+            content = copied_ledger(content, run / name)
+        if content is not None:
+            storage.write_bytes(run / name, content)
+            sent[name] = _state(run / name)
+    storage.write_json(ledger, {"url": remote.url, "sent": sent})
 
 
 def copied_ledger(content: bytes, here: Path) -> bytes | None:

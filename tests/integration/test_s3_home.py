@@ -244,8 +244,10 @@ def test_scores_made_elsewhere_are_copied_and_not_overwritten_by_older_ones(
     assert mirror.pull_run(third, URL)
     assert not mirror.pull_run(other, URL), "it has everything"
     (other / "scores" / "svm.json").unlink()
+    (other / "metrics.jsonl").write_text("not sent yet\n")
     assert mirror.pull_run(other, URL)
     assert content(other / "scores") == content(run.path / "scores")
+    assert (other / "metrics.jsonl").read_text() == "not sent yet\n", "only what it lacks"
 
     storage.write_json(run.path / "scores" / "svm.json", {"newer": True})
     mirror.push_run(run.path, URL)
