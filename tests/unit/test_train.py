@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dcgan import checkpoint, keeper, models, sampling, train
+from dcgan import checkpoint, distributed, keeper, models, sampling, train
 from dcgan.config import validate
 from dcgan.data import batches
 from dcgan.distributed import Place
@@ -230,6 +230,39 @@ def test_a_torn_line_spoils_no_other(make_run, content):
     (run.path / "metrics.jsonl").write_text(content)
     train.train(run)
     assert [line["step"] for line in run.metrics()] == [5, 10]
+
+
+def test_on_cuda_cudnn_times_its_algorithms_in_the_first_steps_alone(monkeypatch):
+    seen, settling = [], []
+
+    def play(self, step, batch):
+        self._names[0] = []
+        seen.append(torch.backends.cudnn.benchmark)
+
+    monkeypatch.setattr(Player, "_play", play)
+    place = Place(0, 1, torch.device("cuda"))
+    player = Player(SimpleNamespace(place=place, kind=lambda _: 0, set_learning_rate=lambda _: None), graph=False)
+    for step in range(6):
+        settling.append(player.settling(step))
+        player.play(step, None)
+    assert seen == settling == [True] * 4 + [False] * 2
+
+
+def test_while_a_step_settles_nothing_else_uses_the_device(make_run, monkeypatch):
+    monkeypatch.setattr(Player, "settling", lambda self, step: step in (0, 1, 7))
+    waited = []
+    monkeypatch.setattr(keeper.Keeper, "wait", lambda self: waited.append(self))
+    train.train(make_run())
+    assert len(waited) == 3
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(distributed, "on_cuda", lambda _: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "2")
+    with pytest.raises(ValueError, match="2 processes on this machine need a GPU each, and it has 1"):
+        distributed.join("auto").__enter__()
 
 
 @pytest.mark.parametrize("end", ["normally", "by Ctrl-C"])
