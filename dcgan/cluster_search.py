@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from dcgan import storage
-from dcgan.cluster import REPEATS, RETRIES, WorkerError, check_nodes, session
+from dcgan.cluster import REPEATS, RETRIES, check_nodes
+from dcgan.cluster_session import WorkerError, session
 from dcgan.config import digest
 
 log = logging.getLogger(__name__)

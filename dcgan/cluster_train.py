@@ -14,7 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dcgan.cluster import WorkerError, check_nodes, prepare, session, started_here, use_gpu
+from dcgan.cluster import check_nodes, use_gpu
+from dcgan.cluster_session import WorkerError, prepare, session, started_here
 from dcgan.config import Compute
 
 log = logging.getLogger(__name__)

@@ -19,7 +19,8 @@ from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2._internal.execution.worker_group import RayTrainWorker, WorkerGroup
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-from dcgan.cluster import REPEATS, WorkerError, started_here
+from dcgan.cluster import REPEATS
+from dcgan.cluster_session import WorkerError, started_here
 
 PATIENCE = 4.0  # seconds; Ray gives a worker 5 s to answer when it ends the others of one that failed
 

@@ -11,7 +11,6 @@ any number of processes may share; the features are the same.
     export/generator.safetensors
 """
 
-import json
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,8 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dcgan import checkpoint, models, storage
-from dcgan.config import Model
+from dcgan import checkpoint, export, models, storage
 from dcgan.data import batches
 from dcgan.data.batches import Images, normalise
 from dcgan.data.store import Store
@@ -34,7 +32,6 @@ from dcgan.numerics import layout, on_cuda
 from dcgan.run import Run
 
 POOL = 4  # paper, section 5.1: each layer's maps are pooled to a 4x4 grid
-DISCRIMINATOR, GENERATOR = "discriminator.safetensors", "generator.safetensors"
 BATCH = 250
 PART = 5_000  # images that one process does at a time
 CALIBRATION = 60_000  # images at most: all of CIFAR's and MNIST's, one in 21 of ImageNet's
@@ -128,7 +125,8 @@ def extract(run: Run, maker: Maker = map) -> None:
 def _extract(run: Run, maker: Maker) -> None:
     store, directory = run.store(), checkpoint.chosen(run)
     generator, trained, _ = checkpoint.load_nets(directory)
-    _, random = _untrained(run, store)
+    model, seed = run.experiment.model, run.experiment.train.seed
+    _, random = models.build(model, store.channels, len(store.classes), store.size, seed)  # as before training
     wanted = {"discriminator": (trained, int(directory.name)), "random_init": (random, 0)}
     for source, (net, step) in wanted.items():
         bank, exported, weights = bank_of(run, source, step), None, None
@@ -153,32 +151,24 @@ def _weights(bank: Path) -> str | None:
     return storage.read_manifest(bank, hashes=False).get("weights")
 
 
-def _untrained(run: Run, store: Store) -> tuple[Generator, Discriminator]:
-    """The control: the nets as they were before training, from the same seed."""
-    experiment = run.experiment
-    return models.build(
-        experiment.model, store.channels, len(store.classes), experiment.data.size, experiment.train.seed
-    )
-
-
 def _write_bank(
     run: Run, bank: Path, net: Discriminator, metadata: dict, maker: Maker, exported: Generator | None
 ) -> None:
     """exported: the generator to export with the net, before the bank is published; None: nothing."""
     store, scored = run.store(), run.scored_store()
     with storage.staging(bank.parent) as staged:
-        weights = staged / DISCRIMINATOR
-        _export(weights, net, run, store)
+        weights = staged / export.DISCRIMINATOR
+        export.write(weights, net, run, store)
         parts = _calibration_parts(store)
         found = dict(maker(partial(_calibrate_part, str(run.path), str(weights)), parts))
         _freeze(net, [found[part] for part in parts])
-        _export(weights, net, run, store)
+        export.write(weights, net, run, store)
         jobs = [(split, part) for split in scored.scored for part in range(-(-scored.count(split) // PART))]
         for _ in maker(partial(_extract_part, str(run.path), str(weights)), jobs):
             pass
         if exported is not None:
-            _export(run.path / "export" / GENERATOR, exported, run, store)
-            _export(run.path / "export" / DISCRIMINATOR, net, run, store)
+            export.write(run.path / "export" / export.GENERATOR, exported, run, store)
+            export.write(run.path / "export" / export.DISCRIMINATOR, net, run, store)
         storage.seal(staged, metadata | {"fingerprint": scored.fingerprint})
         storage.publish(staged, bank)
 
@@ -250,32 +240,8 @@ def read_bank(run: Run, source: str, step: int, split: str) -> np.ndarray:
     return features
 
 
-def _export(file: Path, net: Generator | Discriminator, run: Run, store: Store) -> None:
-    from safetensors.torch import save
-
-    shape = {"channels": store.channels, "classes": len(store.classes), "size": store.size}
-    metadata = {"model": run.experiment.model.model_dump_json(), "images": json.dumps(shape)}
-    weights = {key: value.contiguous().cpu() for key, value in net.state_dict().items()}
-    storage.write_bytes(file, save(weights, metadata))
-
-
-def load_exported(file: Path) -> nn.Module:
-    """The net in an exported `generator.safetensors` or `discriminator.safetensors`, on the CPU in eval mode."""
-    from safetensors import safe_open
-
-    with safe_open(file, "pt") as weights:
-        metadata = weights.metadata()
-        state = {key: weights.get_tensor(key) for key in weights.keys()}  # noqa: SIM118  not a dict
-    shape = json.loads(metadata["images"])
-    model = Model.model_validate_json(metadata["model"])
-    generator, discriminator = models.build(model, shape["channels"], shape["classes"], shape["size"], seed=0)
-    net = generator if file.name == GENERATOR else discriminator
-    net.load_state_dict(state)
-    return net.eval()
-
-
 def load_extractor(file: Path) -> Extractor:
     """The feature extractor of an exported `discriminator.safetensors`, in eval mode: see `Extractor`."""
-    net = load_exported(file)
+    net = export.load(file)
     assert isinstance(net, Discriminator)
     return Extractor(net).eval()

@@ -1,43 +1,18 @@
-"""Copies stores and runs to and from `data.remote`, an s3:// address; the home holds copies of those used here.
+"""Copies sealed directories to and from `data.remote`: a copy is there once its manifest, written last, is."""
 
-<remote>/stores/<fingerprint>/      a store, like a checkpoint, is there once its manifest is
-<remote>/stores/index/<key>.json    which input gave which store
-<remote>/runs/<name>/               all of a run except its features, which are made again from a checkpoint
-"""
-
-import fcntl
 import json
 import logging
-import math
-import os
 import shutil
-import threading
-import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 
 from dcgan import storage
-from dcgan.remote import Remote, RemoteError, in_parallel
+from dcgan.remote import Remote, in_parallel
 
 log = logging.getLogger(__name__)
 
-EVERY = 30  # seconds between copies of a run that is being trained
-PATIENCE = 10  # seconds for the last copy of a run that was interrupted; the same command would resume it
-_used: dict[Path, int] = {}  # stores used by this process, each with the descriptor that holds its lock
-LOCAL = ("features/", ".")  # the parts of a run that stay here
 
-
-def push_store(home: Path, url: str, fingerprint: str) -> None:
-    """Copy a store to the remote, whole or not at all; an interrupted copy is resumed.
-
-    Raises RemoteError; the store does not count as being there then.
-    """
-    remote, at = Remote(url), f"stores/{fingerprint}"
-    _push(remote, home / at, at, remote.sizes(at))  # named by its content: a file of the right length is the right one
-
-
-def _push(remote: Remote, directory: Path, at: str, there: dict[str, int]) -> None:
+def push(remote: Remote, directory: Path, at: str, there: dict[str, int]) -> None:
     """Copy a sealed directory. there: lengths of remote files, which are the same files if their lengths match."""
     known = remote.read(f"{at}/{storage.MANIFEST}")
     if known == (directory / storage.MANIFEST).read_bytes():
@@ -51,37 +26,10 @@ def _push(remote: Remote, directory: Path, at: str, there: dict[str, int]) -> No
     remote.write(f"{at}/{storage.MANIFEST}", (directory / storage.MANIFEST).read_bytes())
 
 
-def pull_store(home: Path, url: str, fingerprint: str, cache_gb: float) -> bool:
-    """Copy a store from the remote into the home, file by file, each verified; False if it is not there.
-
-    An interrupted copy is resumed. If all stores would exceed `cache_gb`, those that the remote also has and that are
-    not in use are removed first, the longest unused before others. Raises RemoteError, CorruptError, or OSError if
-    there still is no room.
-    """
-    remote, stores = Remote(url), home / "stores"
-    lock = stores / "index" / f"{fingerprint}.lock"
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with storage.hold(lock, fingerprint, patience=math.inf):
-        return (stores / fingerprint).exists() or _pull_store(remote, stores, fingerprint, cache_gb)
-
-
-def _pull_store(remote: Remote, stores: Path, fingerprint: str, cache_gb: float) -> bool:
-    manifest = remote.read(f"stores/{fingerprint}/{storage.MANIFEST}")
-    if manifest is None:
-        return False
-    if storage.digest(manifest) != fingerprint:
-        raise storage.CorruptError(
-            f"{remote.url}/stores/{fingerprint}/{storage.MANIFEST} is corrupt: its hash is not its name"
-        )
-    _make_room(remote, stores, sum(entry["bytes"] for entry in json.loads(manifest)["files"].values()), cache_gb)
-    _pull(remote, f"stores/{fingerprint}", stores / fingerprint, manifest)
-    return True
-
-
-def _pull(remote: Remote, at: str, directory: Path, manifest: bytes) -> None:
+def pull(remote: Remote, at: str, directory: Path, manifest: bytes) -> None:
     """Copy a sealed directory, by way of `.pull-<name>` next to it, which survives an interruption."""
     files = json.loads(manifest)["files"]
-    _check_names(remote, at, files)
+    check_names(remote, at, files)
     staged = directory.with_name(f".pull-{directory.name}")
     staged.mkdir(parents=True, exist_ok=True)
     here = {path.name: storage.sha256(path) for path in staged.iterdir() if path.name in files}
@@ -96,238 +44,8 @@ def _pull(remote: Remote, at: str, directory: Path, manifest: bytes) -> None:
     shutil.rmtree(staged, ignore_errors=True)  # left if a copy was here already
 
 
-def _check_names(remote: Remote, at: str, names: Iterable[str]) -> None:
+def check_names(remote: Remote, at: str, names: Iterable[str]) -> None:
     """Raise CorruptError for a name that would be written elsewhere: whoever writes to the remote chooses them."""
     for name in names:
         if not storage.is_below(name):
             raise storage.CorruptError(f"{remote.url}/{at} has a file {name!r}, which is no path below it")
-
-
-def use(store: Path) -> None:
-    """Record that a store is used now, and keep this host's processes from removing it until this one ends."""
-    now = time.time_ns()  # finer than the kernel's own clock for files, which ticks every few milliseconds
-    os.utime(store, ns=(now, now))
-    if store not in _used:
-        _used[store] = os.open(store / storage.MANIFEST, os.O_RDONLY)
-        fcntl.flock(_used[store], fcntl.LOCK_SH)
-
-
-def _is_used(store: Path) -> bool:
-    with (store / storage.MANIFEST).open() as manifest:
-        try:
-            fcntl.flock(manifest, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
-
-
-def _make_room(remote: Remote, stores: Path, needed: int, cache_gb: float) -> None:
-    limit = cache_gb * 1e9
-    if needed > limit:
-        raise OSError(f"data.cache_gb={cache_gb:g} is too little for a store of {needed / 1e9:.2f} GB")
-    there = sorted(
-        (path.parent for path in stores.glob(f"*/{storage.MANIFEST}")), key=lambda path: path.stat().st_mtime
-    )
-    sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in there}
-    for path in there:
-        if sum(sizes.values()) + needed <= limit:
-            return
-        if not _is_used(path) and remote.read(f"stores/{path.name}/{storage.MANIFEST}") is not None:
-            log.info("removing the copy of image store %s to make room: %s keeps it", path.name, remote.url)
-            storage.discard(path)
-            sizes.pop(path)
-    if sum(sizes.values()) + needed > limit:
-        raise OSError(
-            f"{stores} holds {sum(sizes.values()) / 1e9:.2f} GB of image stores that are in use, or that {remote.url} "
-            f"does not have; with {needed / 1e9:.2f} GB more that is over data.cache_gb={cache_gb:g}"
-        )
-
-
-def read_index(url: str, key: str) -> str | None:
-    """The fingerprint of the store that an input gave, wherever it was ingested."""
-    content = Remote(url).read(f"stores/index/{key}.json")
-    return None if content is None else str(json.loads(content)["fingerprint"])
-
-
-def write_index(url: str, key: str, index: Path) -> None:
-    """Tell the remote which store an input gave; called after the store is there."""
-    Remote(url).write(f"stores/index/{key}.json", index.read_bytes())
-
-
-def push_run(run: Path, url: str) -> None:
-    """Copy what is new in a run to the remote; only one process at a time does so, the one that holds the run.
-
-    Metrics go before checkpoints, and best.json after them, so that a run resumed from the copy has every line up to
-    its checkpoint. Raises RemoteError, also if the remote has a newer checkpoint.
-    """
-    remote, at = Remote(url), f"runs/{run.name}"
-    there = remote.sizes(at)
-    newest = max(_steps(_checkpoints(there)), default=-1)
-    if newest > max(_here(run), default=-1):
-        raise RemoteError(
-            f"{url}/{at} has a checkpoint of step {newest}, newer than any here: another machine went on with this "
-            "run, and the command that opened it copies what that has made"
-        )
-    ledger = run / ".remote.json"
-    known = json.loads(ledger.read_text()) if ledger.exists() else {}
-    # What was sent to another address, or is no longer there, counts as not sent.
-    sent = {name: state for name, state in known.get("sent", {}).items() if known["url"] == url and name in there}
-    steps = {run / "checkpoints" / str(step) for step in _here(run)}  # one that was set aside as corrupt stays here
-    for name, state in sorted(_plain(run).items(), key=lambda item: (item[0] == "checkpoints/best.json", item[0])):
-        if name == "checkpoints/best.json":
-            for step in sorted(steps):
-                _push(remote, step, f"{at}/checkpoints/{step.name}", {})
-        if sent.get(name) != state:
-            remote.write(f"{at}/{name}", (run / name).read_bytes())
-            sent[name] = state
-    kept = {step.name for step in steps}
-    gone = [name for name in _checkpoints(there) if "/" in name and name.partition("/")[0] not in kept]
-    remote.remove(f"{at}/checkpoints/{name}" for name in sorted(gone))  # manifest.json before state.pt
-    storage.write_json(ledger, {"url": url, "sent": sent})
-
-
-def _plain(run: Path) -> dict[str, list[int]]:
-    """The run's files that are not part of a sealed directory: name to size and modification time."""
-    found = {}
-    for path in run.rglob("*"):
-        name = path.relative_to(run).as_posix()
-        sealed = name.startswith("checkpoints/") and name != "checkpoints/best.json"
-        if path.is_file() and not sealed and not name.startswith(LOCAL) and not path.name.startswith("."):
-            found[name] = _state(path)
-    return found
-
-
-def _state(path: Path) -> list[int]:
-    """What tells a file from a later version of it."""
-    status = path.stat()
-    return [status.st_size, status.st_mtime_ns]
-
-
-def _here(run: Path) -> set[int]:
-    """The steps of a run's checkpoints."""
-    return _steps(f"{path.parent.name}/{path.name}" for path in run.glob(f"checkpoints/*/{storage.MANIFEST}"))
-
-
-def _checkpoints(names: Iterable[str]) -> list[str]:
-    """The names of a run's files that lie below checkpoints/, relative to it."""
-    return [name.removeprefix("checkpoints/") for name in names if name.startswith("checkpoints/")]
-
-
-def _unsealed(names: Iterable[str]) -> list[str]:
-    """The names of a run's files that are not part of a sealed directory."""
-    return [name for name in names if not name.startswith("checkpoints/") or name == "checkpoints/best.json"]
-
-
-def _steps(names: Iterable[str]) -> set[int]:
-    """The steps with a manifest among files below checkpoints/."""
-    found = (name.split("/") for name in names)
-    return {int(parts[0]) for parts in found if parts[0].isdigit() and parts[-1] == storage.MANIFEST}
-
-
-def pull_run(run: Path, url: str) -> bool:
-    """Copy a run from the remote unless it is here and at least as far; False if there is nothing to copy.
-
-    As far: it has as new a checkpoint, and if that is equally new, every file that was made from it, such as scores.
-    Raises RemoteError, or BusyError if it is being trained here while another machine continued it.
-    """
-    remote, at = Remote(url), f"runs/{run.name}"
-    there = remote.sizes(at)
-    steps = _steps(_checkpoints(there))
-    if "experiment.json" not in there:
-        return False
-    newest, mine = max(steps, default=-1), max(_here(run), default=-1)
-    as_new = (run / "experiment.json").exists() and newest == mine
-    missing = [name for name in _unsealed(there) if not (run / name).exists()]
-    if (run / "experiment.json").exists() and (newest < mine or (as_new and not missing)):
-        return False
-    run.mkdir(parents=True, exist_ok=True)
-    with storage.hold(run / ".lock", f"run {run.name}"):
-        if as_new:  # what is here may be newer, and not there yet
-            _pull_unsealed(remote, at, run, missing)
-        else:
-            _pull_run(remote, at, run, there, steps)
-    return True
-
-
-def _pull_run(remote: Remote, at: str, run: Path, there: Iterable[str], steps: set[int]) -> None:
-    """Interrupted at any line, the next call resumes: a run is as far as its newest checkpoint, which comes last.
-
-    Metrics beyond that checkpoint are cut when training resumes. A checkpoint that the remote lacks, or has in another
-    version, is no longer part of the run.
-    """
-    _check_names(remote, at, there)
-    _pull_unsealed(remote, at, run, set(_unsealed(there)) - {"experiment.json"})
-    for step in sorted(steps | _here(run)):
-        own, other = run / "checkpoints" / str(step), f"{at}/checkpoints/{step}"
-        manifest = remote.read(f"{other}/{storage.MANIFEST}")
-        known = (own / storage.MANIFEST).read_bytes() if own.exists() else None
-        if known is not None and known != manifest:
-            storage.discard(own)
-        if manifest is not None and known != manifest:
-            _pull(remote, other, own, manifest)
-    _pull_unsealed(remote, at, run, ["experiment.json"])
-
-
-def _pull_unsealed(remote: Remote, at: str, run: Path, names: Iterable[str]) -> None:
-    """Copy files that are not part of a sealed directory, and record that they are as new here: not to be sent back."""
-    _check_names(remote, at, names)
-    ledger = run / ".remote.json"
-    known = json.loads(ledger.read_text()) if ledger.exists() else {}
-    sent = known["sent"] if known.get("url") == remote.url else {}
-    for name in names:
-        content = remote.read(f"{at}/{name}")
-        if name == "mlflow.json" and content is not None:
-            content = copied_ledger(content, run / name)
-        if content is not None:
-            storage.write_bytes(run / name, content)
-            sent[name] = _state(run / name)
-    storage.write_json(ledger, {"url": remote.url, "sent": sent})
-
-
-def copied_ledger(content: bytes, here: Path) -> bytes | None:
-    """What another machine delivered to MLflow, as far as was copied here: it may have delivered more since.
-
-    here: the ledger of this machine. None if that is of another server: then this machine goes on with its own.
-    """
-    ledger = json.loads(content)
-    if here.is_file() and json.loads(here.read_bytes()).get("server") != ledger.get("server"):
-        return None
-    return json.dumps({**ledger, "copied": True}).encode()
-
-
-@contextmanager
-def follow(run: Path, url: str | None) -> Iterator[None]:
-    """Copy a run to the remote while it is trained, and once more at the end. Training never waits for it.
-
-    An unreachable remote is a warning meanwhile; at the end it is a RemoteError, and the same command tries again.
-    """
-    if url is None:
-        yield
-        return
-    stop, interrupted = threading.Event(), threading.Event()
-
-    def copy() -> None:
-        try:
-            push_run(run, url)
-        except (OSError, storage.CorruptError) as error:
-            # The remote is away, or a checkpoint was removed while it was read: the next round copies what is new.
-            log.warning("the run is not copied for now: %s", error)
-
-    def watch() -> None:
-        while not stop.wait(EVERY):
-            copy()
-        if interrupted.is_set():
-            copy()
-
-    thread = threading.Thread(target=watch, name="mirror", daemon=True)
-    thread.start()
-    try:
-        yield
-    except BaseException:  # the user waits to hear of this, not for a remote that may be away
-        interrupted.set()
-        stop.set()
-        thread.join(PATIENCE)
-        raise
-    stop.set()
-    thread.join()
-    push_run(run, url)

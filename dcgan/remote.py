@@ -3,7 +3,6 @@
 An object appears whole or not at all, so a group of several is complete once its manifest, written last, is there.
 """
 
-import asyncio
 import hashlib
 import logging
 import os
@@ -31,21 +30,26 @@ class RemoteError(OSError):
     """The remote gave no valid answer in ATTEMPTS attempts; the message names the object and the problem."""
 
 
+def filesystem(connections: int) -> Any:
+    """S3 by the usual AWS variables, with so many connections at most; nothing is cached, and nothing retried."""
+    import s3fs  # takes a second; only where something is at s3://
+
+    files = s3fs.S3FileSystem(
+        skip_instance_cache=True,
+        use_listings_cache=False,  # another process may have written since
+        # The caller retries; with s3fs's and botocore's own retries, nested, that took 40 minutes.
+        config_kwargs={"retries": {"total_max_attempts": 1}, "max_pool_connections": connections},
+    )
+    files.retries = 1
+    return files
+
+
 class Remote:
     """The objects under one s3:// address, by their path relative to it."""
 
     def __init__(self, url: str) -> None:
-        import s3fs  # takes a second; only where something is kept at s3://
-
         self.url = url.rstrip("/")
-        self._fs: Any = s3fs.S3FileSystem(
-            skip_instance_cache=True,
-            use_listings_cache=False,  # another process may have written since
-            config_kwargs={
-                "retries": {"total_max_attempts": 1}
-            },  # only `_try` retries: three nested retries took 40 min
-        )
-        self._fs.retries = 1
+        self._fs = filesystem(THREADS)
 
     def _at(self, path: str) -> str:
         return f"{self.url}/{path}".removeprefix("s3://")
@@ -56,7 +60,7 @@ class Remote:
                 return function()
             except REFUSALS:
                 raise
-            except _faults() as error:
+            except faults() as error:
                 problem = f"{what} {self.url}/{path}: {type(error).__name__}: {' '.join(str(error).split())}"
                 if type(error).__name__ == "NoCredentialsError":
                     raise PermissionError(problem) from error
@@ -176,12 +180,12 @@ def _aside(file: Path) -> Iterator[Any]:
         part.unlink(missing_ok=True)
 
 
-def _faults() -> tuple[type[BaseException], ...]:
-    """The network and server failures that s3fs lets through without wrapping them."""
+def faults() -> tuple[type[Exception], ...]:
+    """The network and server failures that s3fs raises, those of three libraries unwrapped."""
     import aiohttp
     from botocore.exceptions import BotoCoreError, ClientError
 
-    return OSError, asyncio.TimeoutError, aiohttp.ClientError, BotoCoreError, ClientError
+    return OSError, aiohttp.ClientError, BotoCoreError, ClientError
 
 
 def in_parallel(function: Callable[..., None], arguments: Iterable[tuple[Any, ...]]) -> None:

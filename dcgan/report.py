@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dcgan import charts, checkpoint, config, storage, summary, tracking
+from dcgan import charts, checkpoint, config, environment, storage, summary, tracking
 from dcgan.evaluate.published import OTHERS, PUBLISHED, RANDOM_INIT, RAW_PIXELS, Published
 from dcgan.run import Run
 
@@ -206,4 +206,4 @@ def _environment(run: Run) -> dict[str, Any]:
     path = run.path / "environment.json"
     if path.is_file():
         return {"when": "when training began", **json.loads(path.read_text())}
-    return {"when": "when this page was written", **summary.environment()}
+    return {"when": "when this page was written", **environment.describe()}

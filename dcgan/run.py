@@ -14,7 +14,8 @@ mlflow.json       what has been delivered to MLflow
 """
 
 import json
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from typing import Any
 from dcgan import storage
 from dcgan.config import Experiment, digest, validate
 from dcgan.data.store import Store
+
+Progress = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -46,9 +49,9 @@ class Run:
         name = f"{store.dataset}-{digest([experiment.identity(), store.fingerprint])}"
         run = cls(experiment.home / "runs" / name, experiment, store.fingerprint, (scored or store).fingerprint)
         if experiment.data.remote:
-            from dcgan import mirror
+            from dcgan import mirror_runs
 
-            mirror.pull_run(run.path, experiment.data.remote)
+            mirror_runs.pull_run(run.path, experiment.data.remote)
         run.record()
         return run
 
@@ -109,12 +112,12 @@ class Run:
     def _open(self, fingerprint: str, verify: bool = False, share: tuple[int, int] = (0, 1)) -> Store:
         data, path = self.experiment.data, self.home / "stores" / fingerprint
         if data.remote:
-            from dcgan import mirror
+            from dcgan import mirror_stores
 
             if path.exists():
-                mirror.use(path)
+                mirror_stores.use(path)
             else:
-                mirror.pull_store(self.home, data.remote, fingerprint, data.cache_gb)
+                mirror_stores.pull_store(self.home, data.remote, fingerprint, data.cache_gb)
         return Store.open(self.home, fingerprint, verify, share)
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -147,3 +150,33 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         return []
     complete, _, _ = path.read_bytes().rpartition(b"\n")
     return [json.loads(line) for line in complete.split(b"\n") if line]
+
+
+@contextmanager
+def watched(run: Run, report: Progress | None) -> Iterator[None]:
+    """Call `report` with each new line of metrics.jsonl, once a second, from a thread."""
+    if report is None:
+        yield
+        return
+    stop = threading.Event()
+
+    def watch() -> None:
+        seen = max((line["step"] for line in run.metrics()), default=0)
+        while True:
+            last = stop.wait(1.0)
+            lines = run.metrics()
+            seen = min(seen, max((line["step"] for line in lines), default=0))  # a restart cuts the newest ones
+            for line in lines:
+                if line["step"] > seen:
+                    seen = line["step"]
+                    report(line)
+            if last:
+                return
+
+    thread = threading.Thread(target=watch, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dcgan import checkpoint, evaluate, features, storage, summary
-from dcgan.config import Evaluate, digest
+from dcgan import checkpoint, environment, evaluate, features, storage
+from dcgan.config import Evaluate, Protocol, digest
 from dcgan.data.store import Store
-from dcgan.evaluate import Evaluator
+from dcgan.evaluate import EVALUATORS, Evaluator
+from dcgan.evaluate.samples import computing_on
 from dcgan.run import Run
 
 REPRESENTATIONS = ("discriminator", "random_init", "raw_pixels")
@@ -28,6 +29,37 @@ class Scores(NamedTuple):
     values: dict[str, float]
     seconds: float
     commit: str
+
+
+def score(run: Run, protocol: Protocol) -> dict[str, dict[str, float]]:
+    """Score the features by one protocol, with the same features at random init and raw pixels as controls.
+
+    Returns {"discriminator": {metric: value}, "random_init": ..., "raw_pixels": ...} and writes it, with the settings,
+    to scores/<protocol>.json; scores of the same checkpoint and settings are not computed again.
+    """
+    settings, directory, evaluator = run.experiment.evaluate, checkpoint.chosen(run), EVALUATORS[protocol]
+    described = {
+        "protocol": protocol,
+        "checkpoint": int(directory.name),
+        "weights": storage.fingerprint(directory),
+        "chosen": settings.checkpoint,
+        "images": run.scored,
+        "settings": used(evaluator, settings),
+    }
+    known = run.scores().get(protocol, {})
+    if {key: known.get(key) for key in described} == described:
+        return known["scores"]
+    with computing_on(run.experiment.compute.device):
+        found = {source: of_run(run, evaluator, source) for source in REPRESENTATIONS}
+    scores = {source: each.values for source, each in found.items()}
+    content = {
+        **described,
+        "commit": ", ".join(dict.fromkeys(each.commit for each in found.values())),
+        "seconds": sum(each.seconds for each in found.values()),
+        "scores": scores,
+    }
+    storage.write_json(run.path / "scores" / f"{protocol}.json", content)
+    return scores
 
 
 def of_run(run: Run, evaluator: Evaluator, source: str) -> Scores:
@@ -74,7 +106,7 @@ def _once(
 def _compute(
     store: Store, settings: Evaluate, evaluator: Evaluator, load: Callable[[str], np.ndarray]
 ) -> dict[str, Any]:
-    began, commit = time.perf_counter(), summary.commit()
+    began, commit = time.perf_counter(), environment.commit()
     if evaluator.name == "clustering":
         labels = {split: store.groups(split) for split in store.clustered}
     else:

@@ -5,9 +5,7 @@ image store, does nothing where its result is already there, and can be run agai
 """
 
 import logging
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,11 +15,9 @@ import numpy as np
 from dcgan import storage
 from dcgan.config import Data, Experiment, Protocol
 from dcgan.data.store import Store
-from dcgan.run import Run, read_lines
+from dcgan.run import Progress, Run, read_lines, watched
 
 log = logging.getLogger(__name__)
-
-Progress = Callable[[dict[str, Any]], None]
 
 
 def ingest(experiment: Experiment) -> Run:
@@ -61,9 +57,9 @@ def images(experiment: Experiment, data: Data) -> Store:
     make = ingest.by_threads if experiment.compute.workers == 0 else _by_ray(experiment.home)
     fingerprint = ingest.ingest(data, experiment.home, verify=True, maker=make)
     if data.remote:
-        from dcgan import mirror
+        from dcgan import mirror_stores
 
-        mirror.use(experiment.home / "stores" / fingerprint)
+        mirror_stores.use(experiment.home / "stores" / fingerprint)
     return Store.open(experiment.home, fingerprint)
 
 
@@ -110,12 +106,12 @@ def train(run: Run, progress: Progress | None = None) -> bool:
 
 
 def _train(run: Run, progress: Progress | None) -> None:
-    from dcgan import mirror, preemption, tracking
+    from dcgan import mirror_runs, preemption, tracking
 
     with (
-        mirror.follow(run.path, run.experiment.data.remote),
+        mirror_runs.follow(run.path, run.experiment.data.remote),
         tracking.follow(run),
-        _progress(run, progress),
+        watched(run, progress),
     ):
         with preemption.awaited(run):
             if run.experiment.compute.workers == 0:
@@ -151,36 +147,6 @@ def _raise_if_it_ended_early(run: Run) -> None:
         raise StoppedError(f"run {run.name} was stopped at step {step}, which is kept; the same command continues")
 
 
-@contextmanager
-def _progress(run: Run, report: Progress | None) -> Iterator[None]:
-    """Call `report` with each new line of metrics.jsonl, once a second, from a thread."""
-    if report is None:
-        yield
-        return
-    stop = threading.Event()
-
-    def watch() -> None:
-        seen = max((line["step"] for line in run.metrics()), default=0)
-        while True:
-            last = stop.wait(1.0)
-            lines = run.metrics()
-            seen = min(seen, max((line["step"] for line in lines), default=0))  # a restart cuts the newest ones
-            for line in lines:
-                if line["step"] > seen:
-                    seen = line["step"]
-                    report(line)
-            if last:
-                return
-
-    thread = threading.Thread(target=watch, name="progress", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-
-
 def extract(run: Run) -> None:
     """Write the feature banks of the chosen checkpoint and of the random initialisation: see `dcgan.features`.
 
@@ -203,38 +169,10 @@ def protocols(run: Run) -> tuple[Protocol, ...]:
 
 
 def evaluate(run: Run, protocol: Protocol) -> dict[str, dict[str, float]]:
-    """Score the features by one protocol, with the same features at random init and raw pixels as controls.
+    """Score the features by one protocol, beside two controls, and write scores/<protocol>.json: `scoring.score`."""
+    from dcgan import scoring
 
-    Returns {"discriminator": {metric: value}, "random_init": ..., "raw_pixels": ...} and writes it, with the settings,
-    to scores/<protocol>.json; scores of the same checkpoint and settings are not computed again.
-    """
-    from dcgan import checkpoint, scoring
-    from dcgan.evaluate import EVALUATORS
-    from dcgan.evaluate.samples import computing_on
-
-    settings, directory, evaluator = run.experiment.evaluate, checkpoint.chosen(run), EVALUATORS[protocol]
-    described = {
-        "protocol": protocol,
-        "checkpoint": int(directory.name),
-        "weights": storage.fingerprint(directory),
-        "chosen": settings.checkpoint,
-        "images": run.scored,
-        "settings": scoring.used(evaluator, settings),
-    }
-    known = run.scores().get(protocol, {})
-    if {key: known.get(key) for key in described} == described:
-        return known["scores"]
-    with computing_on(run.experiment.compute.device):
-        found = {source: scoring.of_run(run, evaluator, source) for source in scoring.REPRESENTATIONS}
-    scores = {source: each.values for source, each in found.items()}
-    content = {
-        **described,
-        "commit": ", ".join(dict.fromkeys(each.commit for each in found.values())),
-        "seconds": sum(each.seconds for each in found.values()),
-        "scores": scores,
-    }
-    storage.write_json(run.path / "scores" / f"{protocol}.json", content)
-    return scores
+    return scoring.score(run, protocol)
 
 
 def report(run: Run) -> Path:
@@ -261,13 +199,13 @@ def report(run: Run) -> Path:
 
 def _push(run: Run) -> None:
     """Copy the run to `data.remote`, if there is one, unless the process that trains it does so."""
-    from dcgan import mirror
+    from dcgan import mirror_runs
 
     if run.experiment.data.remote is None:
         return
     try:
         with run.lock():
-            mirror.push_run(run.path, run.experiment.data.remote)
+            mirror_runs.push_run(run.path, run.experiment.data.remote)
     except storage.BusyError as error:
         log.info("%s, which copies it to %s", error, run.experiment.data.remote)
 

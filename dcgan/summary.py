@@ -1,27 +1,16 @@
 """Summarises a run in words and one table, from the run directory; MLflow and the report show them."""
 
-import importlib.metadata
 import json
-import os
-import platform
 import shlex
-import shutil
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from dcgan import config
+from dcgan import config, environment
 from dcgan.run import Run, read_lines
 
 CONTROLS = ("random_init", "raw_pixels")
 HEADER = ("metric", "discriminator", "random init", "raw pixels")
-CODE = (":/dcgan", ":/flows", ":/constraints.txt")  # git pathspecs of what decides a result
-COMMAND_SECONDS = 30
-CPUINFO = Path("/proc/cpuinfo")
-INSTRUCTIONS = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 BF16", "avx512f": "AVX-512", "avx2": "AVX2"}  # widest first
-PACKAGES = ("torch", "numpy", "scikit-learn", "prefect", "ray", "mlflow")
 
 
 @dataclass(frozen=True)
@@ -173,79 +162,16 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
-def environment() -> dict[str, Any]:
-    """Where and with what this process runs: Python, packages, CPU, GPUs, and the commit if in a git checkout."""
-    return {
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "cpu": f"{os.cpu_count()} x {_cpu()}",
-        "gpu": _output(["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]).splitlines(),
-        "packages": {name: version for name in PACKAGES if (version := _version(name))},
-        **_git(),
-    }
-
-
-def commit() -> str:
-    """The commit of the running code, and whether the code differs from it; "" outside a git checkout."""
-    return _commit(_git())
-
-
-def hardware(found: dict[str, Any]) -> str:
-    """The processors of an `environment`, in one line."""
-    return "; ".join([found["cpu"], *found["gpu"]])
-
-
 def trained_by(run: Run) -> str:
     """The commit of the code that trained a run; "" if that was not recorded, as under torchrun."""
-    return _commit(found) if (found := _trained_in(run)) else ""
+    return environment.commit_of(found) if (found := _trained_in(run)) else ""
 
 
 def trained_on(run: Run) -> str:
     """The hardware that trained a run, or as much of it as the waiting process saw; "" if that was not recorded."""
-    return hardware(found) if (found := _trained_in(run)) else ""
+    return environment.hardware(found) if (found := _trained_in(run)) else ""
 
 
 def _trained_in(run: Run) -> dict[str, Any] | None:
     file = run.path / "environment.json"
     return json.loads(file.read_text()) if file.is_file() else None
-
-
-def _commit(found: dict[str, Any]) -> str:
-    return found["git_commit"][:12] + (" (changed)" if found["git_changed"] else "")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None  # training alone does not need all of them
-
-
-def _cpu() -> str:
-    """The processor's name, and the widest instructions that decide how fast it multiplies."""
-    lines = CPUINFO.read_text().splitlines() if CPUINFO.exists() else []
-    values = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in reversed(lines))}
-    flags = values.get("flags", "").split()
-    widest = next((f" ({name})" for flag, name in INSTRUCTIONS.items() if flag in flags), "")
-    return values.get("model name", platform.machine()) + widest
-
-
-def _git() -> dict[str, Any]:
-    git = ["git", "-C", str(Path(__file__).parent)]
-    if not _output([*git, "ls-files", Path(__file__).name]):
-        return {"git_commit": "", "git_changed": False}  # installed, perhaps inside another project's checkout
-    return {
-        "git_commit": _output([*git, "rev-parse", "HEAD"]),
-        "git_changed": bool(_output([*git, "status", "--porcelain", "--untracked-files=no", "--", *CODE])),
-    }
-
-
-def _output(command: list[str]) -> str:
-    """What a command prints, or "" if it is not installed, fails, or hangs, as one for a faulty device may."""
-    if shutil.which(command[0]) is None:
-        return ""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_SECONDS, check=False)
-    except subprocess.TimeoutExpired:
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""

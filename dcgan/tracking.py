@@ -4,22 +4,20 @@ The training loop knows nothing of MLflow. `follow` runs a thread alongside, `sy
 the ledger, `mlflow.json` in the run, records what has arrived. A slow or unreachable server costs training nothing.
 """
 
-import json
 import logging
 import os
-import secrets
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
-from dcgan import storage, summary
+from dcgan import environment, storage
 from dcgan.run import Run
+from dcgan.tracking_ledger import Ledger, milliseconds
 
 if TYPE_CHECKING:
     from dcgan.tracking_courier import Courier
@@ -41,71 +39,9 @@ SETTINGS = {
 
 MODE = "?workflowType=machine_learning"  # without it MLflow shows an experiment as one of language models
 
-Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
-
 
 class TrackingError(RuntimeError):
     """MLflow could not be reached, or refused; one line with the address and why. What was not delivered is kept."""
-
-
-@dataclass
-class Ledger:
-    """What has been delivered to the run's MLflow run, and what that should look like. Times are in ms since 1970.
-
-    images: metrics up to this many images seen have arrived. sent: item to the version of it that has arrived.
-    pending: items being sent; after a crash or a lost answer, the server is asked whether one arrived. server: where
-    the MLflow run is. copied: it came from another machine and may be older than what that one delivered last, so the
-    server is asked about the rest.
-    """
-
-    path: Path
-    run_id: str = ""
-    experiment_id: str = ""
-    token: str = ""
-    status: Status = "RUNNING"
-    started: int = 0
-    ended: int | None = None
-    tags: dict[str, str] = field(default_factory=dict)
-    images: int = -1
-    sent: dict[str, str] = field(default_factory=dict)
-    pending: list[str] = field(default_factory=list)
-    server: str = ""
-    copied: bool = False
-
-    @classmethod
-    def load(cls, path: Path) -> Self:
-        known = json.loads(path.read_text()) if path.is_file() else {"started": milliseconds()}
-        return cls(path, **known)
-
-    def save(self) -> None:
-        values = asdict(self)
-        del values["path"]
-        storage.write_json(self.path, values)
-
-    def begin(self, item: str) -> None:
-        self.pending = [*(other for other in self.pending if other != item), item]
-        self.save()
-
-    def end(self, item: str, version: str) -> None:
-        self.drop(item)
-        self.sent[item] = version
-        self.save()
-
-    def drop(self, item: str) -> None:
-        self.pending = [other for other in self.pending if other != item]
-        self.sent.pop(item, None)
-        self.save()
-
-    def forget(self) -> None:
-        """Start over, for a new MLflow run; what the run should look like stays."""
-        self.run_id, self.experiment_id, self.token = "", "", secrets.token_hex(8)
-        self.images, self.sent, self.pending, self.copied = -1, {}, [], False
-
-    def trust(self) -> None:
-        """What it lacks has not arrived: all of it has just been delivered."""
-        if self.copied:
-            self.copied = False
-            self.save()
 
 
 @dataclass
@@ -118,10 +54,6 @@ class Delivery:
     images: int = 0
     files: int = 0
     models: int = 0
-
-
-def milliseconds() -> int:
-    return int(time.time() * 1000)
 
 
 def uri(home: Path) -> str:
@@ -203,7 +135,7 @@ def follow(run: Run) -> Iterator[None]:
 
 
 def _record_environment(run: Run) -> None:
-    storage.write_json(run.path / "environment.json", summary.environment())
+    storage.write_json(run.path / "environment.json", environment.describe())
 
 
 def _follow(run: Run, stop: threading.Event, end: dict[str, Any]) -> None:

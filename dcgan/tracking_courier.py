@@ -17,7 +17,8 @@ from dcgan.config import digest
 from dcgan.data import catalogue
 from dcgan.data.store import Store
 from dcgan.run import Run
-from dcgan.tracking import Delivery, Ledger
+from dcgan.tracking import Delivery
+from dcgan.tracking_ledger import Ledger
 
 BATCH = 1000  # metric values MLflow takes in one request
 UPLOAD_SECONDS = 120

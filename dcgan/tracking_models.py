@@ -11,10 +11,10 @@ from mlflow.models import Model, ModelSignature
 from mlflow.types import Schema, TensorSpec
 from torch import nn
 
-from dcgan import checkpoint, features
+from dcgan import checkpoint, export, features
 from dcgan.models import Generator
 from dcgan.run import Run
-from dcgan.tracking import Ledger
+from dcgan.tracking_ledger import Ledger
 
 EXAMPLES = 2  # torch.export freezes a dimension of size one, so a batch is at least two
 
@@ -41,7 +41,7 @@ def log(client: MlflowClient, run: Run, ledger: Ledger, weights: Path, again: bo
 
 def _generator(weights: Path) -> tuple[nn.Module, dict[str, np.ndarray]]:
     """z (N, z_dim) and, if conditional, labels (N,) -> images (N, C, H, W) in [-1, 1]."""
-    net = features.load_exported(weights)
+    net = export.load(weights)
     assert isinstance(net, Generator)
     inputs = {"z": np.zeros((EXAMPLES, net.z_dim), np.float32)}
     return net, inputs | ({"labels": np.zeros(EXAMPLES, np.int64)} if net.labels else {})

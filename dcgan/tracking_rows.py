@@ -8,6 +8,7 @@ from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
 from dcgan import tracking, tracking_run
+from dcgan.tracking_ledger import milliseconds
 
 TOKEN = "dcgan.token"
 
@@ -23,7 +24,7 @@ def log(
     address = tracking.without_password(tracking.uri(home))
     with tracking_run.failures(address):
         client: MlflowClient = tracking_run.connect(home)
-        now = tracking.milliseconds()
+        now = milliseconds()
         tags = {"mlflow.source.name": "dcgan", "mlflow.source.type": "LOCAL", "mlflow.note.content": text}
         where, mine = tracking_run.experiment(client, home, experiment), f"tags.`{TOKEN}` = '{token}'"
         if client.search_runs([where], f"{mine} AND attributes.status = 'FINISHED'", max_results=1):

@@ -17,7 +17,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from dcgan import summary, tracking
 from dcgan.run import Run
-from dcgan.tracking import Ledger, TrackingError
+from dcgan.tracking import TrackingError
+from dcgan.tracking_ledger import Ledger
 
 log = logging.getLogger(__name__)
 

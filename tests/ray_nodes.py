@@ -20,9 +20,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from unittest import mock
 
-from dcgan import cluster as cluster_settings
+from dcgan import cluster_session
 
-RECONNECT = {"RAY_gcs_rpc_server_reconnect_timeout_s": "20"}  # so that nothing outlives the head; see cluster.py
+RECONNECT = {
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "20"
+}  # so that nothing outlives the head; see cluster_session.py
 STARTUP = 180  # seconds; ten on an idle machine
 # `ray start`, ended with all that it started by the end of its input: tests that are killed leave none behind.
 START = """
@@ -36,7 +38,7 @@ COMMAND = [sys.executable, "-c", START, "start", "--block", "--num-cpus=1", f"--
 
 def _environment(path: str) -> dict[str, str]:
     """That of a node on a machine of its own: without what a local Ray in this process has been set to."""
-    kept = {name: value for name, value in os.environ.items() if name not in cluster_settings.LOCAL}
+    kept = {name: value for name, value in os.environ.items() if name not in cluster_session.LOCAL}
     return {**kept, **RECONNECT, **({"PYTHONPATH": path} if path else {})}
 
 

@@ -22,8 +22,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dcgan import pictures
-
 SIDE, CODE = 32, 128  # pixels and bits (paper, section 3.1)
 SAMPLE = 50_000  # images that train the autoencoder: 150 MB, twice that while they are gathered
 BATCH = 256  # images per update
@@ -39,7 +37,6 @@ EDGES = 0.2  # one minus the correlation: 95 % of shifted or re-encoded images a
 LIGHT = 0.1  # of the range: how much a colour channel's mean may differ; three times a brightening by 3 %
 ROUNDING = (1 / 255) ** 2  # what storing as uint8 adds to a squared difference: edges no stronger mean nothing
 BLOCK = 2_048  # images worked on at once: 25 MB as 32 px floats
-SHOWN = 8  # images per group on a sheet
 
 
 def find(shards: Sequence[np.ndarray], seed: int = 0) -> list[list[int]]:
@@ -57,16 +54,6 @@ def find(shards: Sequence[np.ndarray], seed: int = 0) -> list[list[int]]:
         return []
     codes = encode(images, train(images, seed))
     return _stars(images, _link(images, codes, seed))
-
-
-def sheet(shards: Sequence[np.ndarray], groups: Sequence[Sequence[int]], most: int) -> np.ndarray:
-    """A picture of up to `most` groups, a row for the first SHOWN images of each: uint8 (H', W') or (H', W', 3)."""
-    images = Images(shards)
-    cells = np.full((min(most, len(groups)) * SHOWN, *images.shape), 255, np.uint8)
-    for row, group in enumerate(groups[:most]):
-        shown = np.array(group[:SHOWN])
-        cells[row * SHOWN : row * SHOWN + len(shown)] = images[shown]
-    return pictures.grid(cells, SHOWN)
 
 
 class Images:

@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from dcgan import storage
-from dcgan.config import PLACES, Data
-from dcgan.data import shards, store
+from dcgan.config import Data
+from dcgan.data import publish, shards, store
 from dcgan.data.decode import TRANSFORM
 from dcgan.data.shards import Job
 from dcgan.data.sources import SOURCES
 from dcgan.data.sources.base import Opened
+from dcgan.experiment import PLACES
 
 log = logging.getLogger(__name__)
 
@@ -88,23 +89,23 @@ def _digest(value: Any) -> str:
 
 def _copy_known(data: Data, home: Path, key: str, index: Path) -> None:
     """Copy the store that this input gave, here or elsewhere, from the remote if only the remote has it."""
-    from dcgan import mirror
+    from dcgan import mirror_stores
 
     assert data.remote is not None
-    fingerprint = _recorded(index) or mirror.read_index(data.remote, key)
+    fingerprint = _recorded(index) or mirror_stores.read_index(data.remote, key)
     if fingerprint is None:
         return
     there = (home / "stores" / fingerprint).exists()
-    if there or mirror.pull_store(home, data.remote, fingerprint, data.cache_gb):
+    if there or mirror_stores.pull_store(home, data.remote, fingerprint, data.cache_gb):
         storage.write_json(index, {"fingerprint": fingerprint})
 
 
 def _publish(remote: str, home: Path, fingerprint: str, key: str, index: Path) -> None:
-    from dcgan import mirror
+    from dcgan import mirror_stores
 
-    mirror.push_store(home, remote, fingerprint)
-    if mirror.read_index(remote, key) != fingerprint:
-        mirror.write_index(remote, key, index)
+    mirror_stores.push_store(home, remote, fingerprint)
+    if mirror_stores.read_index(remote, key) != fingerprint:
+        mirror_stores.write_index(remote, key, index)
 
 
 def _known(index: Path, home: Path, verify: bool) -> str | None:
@@ -159,7 +160,7 @@ def assemble(
     """
     about = opened.description
     images = shard_images or shards.images_per_shard(about.channels, about.size)
-    (directory / store.UNPUBLISHED).mkdir(exist_ok=True)
+    (directory / publish.UNPUBLISHED).mkdir(exist_ok=True)
     jobs = list(_jobs(opened, directory, images, skip))
     _require_space(directory, opened)
     missing = [job for job in jobs if not shards.made(job)]
@@ -178,7 +179,7 @@ def assemble(
     splits = {name: [shards.read(job) for job in jobs if job.split == name] for name in opened.splits}
     for name, reason in [pair for records in splits.values() for record in records for pair in record["skipped"]]:
         log.warning("%s skipped: %s", name, reason)
-    return store.finish(home, directory, about, splits, opened.sources, removed)
+    return publish.finish(home, directory, about, splits, opened.sources, removed)
 
 
 def _refuse_skipped(made: Iterable[Job]) -> None:
@@ -200,7 +201,7 @@ def _require_space(directory: Path, opened: Opened) -> None:
     """Raise OSError before any work if the file system can't hold the store."""
     about = opened.description
     needed = sum(map(len, opened.splits.values())) * about.channels * about.size**2
-    there = sum(file.stat().st_size for file in (directory / store.UNPUBLISHED).iterdir())
+    there = sum(file.stat().st_size for file in (directory / publish.UNPUBLISHED).iterdir())
     free = shutil.disk_usage(directory).free
     if needed - there > free:
         raise OSError(

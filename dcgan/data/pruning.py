@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 
 from dcgan import pictures, storage
-from dcgan.data import dedup, shards, store
+from dcgan.data import dedup, publish, shards, store
 from dcgan.data.shards import Job
 
 log = logging.getLogger(__name__)
 
 FOLDER = "duplicates"
-SHOWN = 50  # groups on the sheet
+GROUPS, SHOWN = 50, 8  # groups on the sheet, and images of each
 
 
 def prune(directory: Path, jobs: Sequence[Job]) -> int:
@@ -48,7 +48,7 @@ def _groups(folder: Path, jobs: Sequence[Job]) -> dict[str, Any]:
     removed, total = sum(len(group) - 1 for group in groups), sum(map(len, arrays))
     log.info("near-duplicates: %d of %d images, in %d groups", removed, total, len(groups))
     if groups:
-        pictures.write_png(folder / "sheet.png", dedup.sheet(arrays, groups, SHOWN))
+        pictures.write_png(folder / "sheet.png", sheet(arrays, groups, GROUPS))
     return {"groups": groups, "counts": [len(array) for array in arrays]}
 
 
@@ -57,5 +57,15 @@ def _rewrite(job: Job, record: dict[str, Any], keep: np.ndarray) -> None:
     if not keep.all():
         images = np.load(job.path)[keep]
         labels = list(itertools.compress(record["labels"], keep))
-        record = record | store.write_array(job.path, images) | {"labels": labels} | shards.statistics(images)
+        record = record | publish.write_array(job.path, images) | {"labels": labels} | shards.statistics(images)
     storage.write_json(job.record, record | {"pruned": True})
+
+
+def sheet(shards: Sequence[np.ndarray], groups: Sequence[Sequence[int]], most: int) -> np.ndarray:
+    """A picture of up to `most` groups, a row for the first SHOWN images of each: uint8 (H', W') or (H', W', 3)."""
+    images = dedup.Images(shards)
+    cells = np.full((min(most, len(groups)) * SHOWN, *images.shape), 255, np.uint8)
+    for row, group in enumerate(groups[:most]):
+        shown = np.array(group[:SHOWN])
+        cells[row * SHOWN : row * SHOWN + len(shown)] = images[shown]
+    return pictures.grid(cells, SHOWN)

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from dcgan import storage
-from dcgan.data import store
+from dcgan.data import publish
 from dcgan.data.decode import UnreadableError, decode, square
 from dcgan.data.records import Item, Records
 
@@ -47,7 +47,7 @@ class Job:
 
     @property
     def path(self) -> Path:
-        return self.directory / store.UNPUBLISHED / f"{self.split}-{self.number:05d}.npy"
+        return self.directory / publish.UNPUBLISHED / f"{self.split}-{self.number:05d}.npy"
 
     @property
     def record(self) -> Path:
@@ -93,7 +93,7 @@ def make(job: Job) -> dict[str, Any]:
         raise ValueError(f"split {job.split!r} has images with a label and images without")
     images = images[: len(labels)]
     record = {
-        **store.write_array(job.path, images),
+        **publish.write_array(job.path, images),
         "labels": labels,
         "skipped": skipped,
         **statistics(images),

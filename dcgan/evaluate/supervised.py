@@ -6,40 +6,25 @@ measured. Neither the search's ranges nor anything else about that training was 
 the scaling of pixels are the discriminator's own; ranges, epochs and early stopping are this project's.
 """
 
-import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dcgan.config import Model, digest
-from dcgan.evaluate.inputs import draw
-from dcgan.evaluate.samples import NotConvergedError
+from dcgan.config import Model
 from dcgan.models import STEM, Discriminator, initialise
 
-LEARNING_RATES = (1e-4, 1e-2)  # log-uniform, around the 2e-4 and 5e-4 of the paper and of its SVHN code
-BETAS1 = (0.5, 0.9)  # uniform, from the paper's to Adam's own
-WEIGHT_DECAYS = (1e-6, 1e-2)  # log-uniform, around the original code's 1e-5
-DROPOUTS = (0.0, 0.7)  # uniform, before the output; the discriminator has none
-BATCH_SIZES = (32, 64, 128)  # up to the paper's
 EPOCHS = 100
 VALIDATE_EVERY = 5  # epochs: a forward pass of 10,000 images costs as much as three epochs of 1,000 labels
 PATIENCE = 4  # validations without a lower error that end a trial
 CHUNK = 500  # images classified at once
-IMAGES = "images.npz"  # in the search's directory
 DIVERGED = 1.0  # the error of a trial that failed or whose loss is not finite
 
 Images = tuple[np.ndarray, np.ndarray]  # uint8 (N, C, H, W) and int64 labels (N,)
-Trial = dict[str, Any]
-Maker = Callable[[Callable[[Trial], Trial], Sequence[Trial]], Iterable[Trial | None]]
 
 
 @dataclass(frozen=True)
@@ -61,23 +46,6 @@ class Trained:
     validation_error: float
     epoch: int
     weights: dict[str, Tensor]
-
-
-def sample(seed: int, trial: int, epochs: int = EPOCHS) -> Hyperparameters:
-    """The settings of trial number `trial`, within the ranges above: the same in a search of any length."""
-    rng = np.random.default_rng((seed, trial))
-    return Hyperparameters(
-        learning_rate=_log_uniform(rng, *LEARNING_RATES),
-        beta1=float(rng.uniform(*BETAS1)),
-        weight_decay=_log_uniform(rng, *WEIGHT_DECAYS),
-        dropout=float(rng.uniform(*DROPOUTS)),
-        batch_size=int(rng.choice(BATCH_SIZES)),
-        epochs=epochs,
-    )
-
-
-def _log_uniform(rng: np.random.Generator, low: float, high: float) -> float:
-    return min(max(math.exp(rng.uniform(math.log(low), math.log(high))), low), high)  # rounding may step outside
 
 
 def classifier(model: Model, channels: int, classes: int, size: int, dropout: float = 0.0) -> Discriminator:
@@ -103,13 +71,13 @@ def train_classifier(
 
     Images are uint8 (N, C, H, W), labels int64 (N,) from 0 to K-1. Training ends after `settings.epochs`, after
     PATIENCE validations without a lower error, or when the loss is not finite, which counts as an error of 1. The
-    result follows from `seed`: on a CPU bit for bit, given the number of threads. Raises ValueError as `score` does.
+    result follows from `seed`: on a CPU bit for bit, given the number of threads. Raises ValueError as `check` does.
     """
-    _check(train, validation=validation)
+    check(train, validation=validation)
     images, labels = (torch.tensor(array, device=device) for array in train)
     with torch.random.fork_rng(devices=[device] if device == "cuda" else []):  # for the dropout
         torch.manual_seed(seed)
-        net = _classifier_for(train, model, settings.dropout)
+        net = classifier_for(train, model, settings.dropout)
         initialise(net, torch.Generator().manual_seed(seed))
         net = net.to(device).to(memory_format=torch.channels_last)  # a CPU is a quarter faster with it
         best = Trained(DIVERGED, 0, {})
@@ -118,7 +86,7 @@ def train_classifier(
                 return Trained(DIVERGED, 0, {})
             if epoch % VALIDATE_EVERY and epoch < settings.epochs:
                 continue
-            error = float((_classify(net, validation[0], device) != validation[1]).mean())
+            error = float((classify(net, validation[0], device) != validation[1]).mean())
             if error < best.validation_error or not best.weights:
                 best = Trained(error, epoch, _copy(net))
             elif epoch - best.epoch >= PATIENCE * VALIDATE_EVERY:
@@ -151,7 +119,7 @@ def _epochs(
 
 
 @torch.no_grad()
-def _classify(net: nn.Module, images: np.ndarray, device: str) -> np.ndarray:
+def classify(net: nn.Module, images: np.ndarray, device: str) -> np.ndarray:
     """int64 (N,): the class with the highest logit."""
     net.eval()
     chunks = (torch.tensor(images[first : first + CHUNK], device=device) for first in range(0, len(images), CHUNK))
@@ -167,88 +135,13 @@ def _pixels(images: Tensor) -> Tensor:
     return images.float().div_(127.5).sub_(1)
 
 
-def _classifier_for(train: Images, model: Model, dropout: float = 0.0) -> Discriminator:
+def classifier_for(train: Images, model: Model, dropout: float = 0.0) -> Discriminator:
+    """A `classifier` of the shape and the classes of `train`, whose labels are 0 to K-1."""
     _, channels, size, _ = train[0].shape
     return classifier(model, channels, int(train[1].max()) + 1, size, dropout)
 
 
-def score(
-    train: Images,
-    validation: Images,
-    test: Images,
-    model: Model,
-    directory: Path,
-    *,
-    labels_per_class: int = 100,
-    trials: int = 64,
-    epochs: int = EPOCHS,
-    seed: int = 0,
-    device: str = "cpu",
-    maker: Maker = map,
-) -> dict[str, float]:
-    """Random search over `trials` classifiers; errors are shares (0 to 1, lower is better) of wrong classes.
-
-    x: uint8 (N, C, H, W), y: int64 (N,). It learns from `labels_per_class` random images of each class of train; the
-    trial with the lowest error on validation, the first of equal ones, is scored on test, once. Returns
-    `supervised/validation_error`, `supervised/test_error`, the chosen `supervised/trial` and `supervised/epoch`,
-    `supervised/failed` (how many trials failed or diverged), and the chosen trial's hyperparameters.
-
-    `maker` runs the trials: in this process one after the other, or as `cluster_search.search` does. Images and each
-    trial's weights (4 MB at width 64 and 32 pixels) go through `directory`, which the caller may remove afterwards.
-    Raises ValueError for images or labels that don't fit, or a class with too few; NotConvergedError if no trial
-    learns.
-    """
-    _check(train, validation=validation, test=test)
-    if min(labels_per_class, trials, epochs) < 1:
-        raise ValueError(f"labels_per_class={labels_per_class}, trials={trials}, epochs={epochs}: each is at least 1")
-    if (fewest := np.bincount(train[1]).min()) < labels_per_class:
-        raise ValueError(f"labels_per_class={labels_per_class}, but a class of train has {fewest} images")
-    net = _classifier_for(train, model)
-    rows = draw(train[1], labels_per_class, (seed,))
-    arrays = [train[0][rows], train[1][rows], *validation]
-    directory.mkdir(parents=True, exist_ok=True)
-    np.savez(directory / IMAGES, *arrays)
-    content = hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
-    same = {"seed": seed, "model": model.model_dump(mode="json"), "images": content}
-    settings: list[Trial] = [
-        {"hyperparameters": asdict(sample(seed, trial, epochs)), **same} for trial in range(trials)
-    ]
-    results = list(maker(partial(run_trial, directory, device), settings))
-
-    errors = [DIVERGED if result is None else result["validation_error"] for result in results]
-    chosen = int(np.argmin(errors))
-    best = results[chosen]
-    if best is None or not best["epoch"]:
-        raise NotConvergedError(f"none of {trials} trials has learned: each failed or has a loss that is not finite")
-    net.load_state_dict(load_file(_weights(directory, settings[chosen])))
-    wrong = _classify(net.to(device), test[0], device) != test[1]
-    return {
-        "supervised/validation_error": errors[chosen],
-        "supervised/test_error": float(wrong.mean()),
-        "supervised/trial": float(chosen),
-        "supervised/epoch": float(best["epoch"]),
-        "supervised/failed": float(sum(result is None or not result["epoch"] for result in results)),
-        **{f"supervised/{name}": float(value) for name, value in settings[chosen]["hyperparameters"].items()},
-    }
-
-
-def run_trial(directory: Path, device: str, trial: Trial) -> Trial:
-    """Train one trial of `score` on the images in `directory`; its weights stay there; returns its error and epoch."""
-    with np.load(directory / IMAGES) as arrays:
-        train_x, train_y, validation_x, validation_y = arrays.values()
-    settings = Hyperparameters(**trial["hyperparameters"])
-    model = Model.model_validate(trial["model"])
-    trained = train_classifier((train_x, train_y), (validation_x, validation_y), model, settings, trial["seed"], device)
-    if trained.weights:
-        save_file(trained.weights, _weights(directory, trial))
-    return {"validation_error": trained.validation_error, "epoch": trained.epoch}
-
-
-def _weights(directory: Path, trial: Trial) -> Path:
-    return directory / f"{digest(trial)}.safetensors"
-
-
-def _check(train: Images, **others: Images) -> None:
+def check(train: Images, **others: Images) -> None:
     """Raises ValueError, naming the split, for images or labels that can't be trained on or scored."""
     squares = [(size, size) for size in STEM]
     for split, (images, labels) in {"train": train, **others}.items():

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from dcgan import config, stages, storage, summary, tracking
+from dcgan import config, environment, stages, storage, summary, tracking
 from dcgan.evaluate.samples import computing_on
 from dcgan.reproduce import TABLES, record
 from dcgan.reproduce.overrides import check, digest, given, home
@@ -162,10 +162,10 @@ def _seeds(seeds: int) -> list[str]:
 
 def _where() -> dict[str, Any]:
     """The hardware, commit and date of a measurement."""
-    environment = summary.environment()
+    found = environment.describe()
     return {
-        "hardware": summary.hardware(environment),
-        "commit": summary.commit(),
+        "hardware": environment.hardware(found),
+        "commit": environment.commit(),
         "date": datetime.now(UTC).date().isoformat(),
     }
 

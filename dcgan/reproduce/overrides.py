@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from dcgan import config
+from dcgan import config, experiment
 from dcgan.config import DataSet
 
-PLACES = {f"data.{key}" for key in config.PLACES - {"source"}}  # another source may have other images
+PLACES = {f"data.{key}" for key in experiment.PLACES - {"source"}}  # another source may have other images
 
 
 class Override(NamedTuple):

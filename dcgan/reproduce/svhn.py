@@ -11,7 +11,7 @@ from typing import Any
 
 from dcgan import cluster_search, scoring, storage
 from dcgan.config import DataSet, digest
-from dcgan.evaluate import Evaluator, knn, supervised, tsvm
+from dcgan.evaluate import Evaluator, knn, supervised_search, tsvm
 from dcgan.evaluate.published import PAPER
 from dcgan.evaluate.samples import device
 from dcgan.reproduce.rows import (
@@ -103,7 +103,7 @@ def _supervised(setting: Setting) -> Measured:
     train, held, test = arrays(store)
     assert held is not None  # the source has them
     experiment = setting.experiment("svhn")
-    found = supervised.score(
+    found = supervised_search.score(
         train,
         held,
         test,
@@ -123,7 +123,7 @@ def _supervised(setting: Setting) -> Measured:
     return Measured(figures, f"{TRIALS} trials; {_labels(settings.labels_per_class)}", choices=choices)
 
 
-def _search(setting: Setting) -> supervised.Maker:
+def _search(setting: Setting) -> supervised_search.Maker:
     experiment = setting.experiment("svhn")
     if experiment.compute.workers == 0:
         return partial(_one_by_one, setting.directory)

@@ -22,7 +22,7 @@ from bench_system import make_store, new_game, open_run, place_of
 from scipy.ndimage import gaussian_filter
 from sklearn.cluster import KMeans
 
-from dcgan import features
+from dcgan import export, features
 from dcgan.evaluate import generated
 from dcgan.evaluate.kmeans import kmeans
 from dcgan.evaluate.samples import Samples
@@ -45,8 +45,8 @@ def extraction(directory: Path, size: int, device: str, repeats: int) -> None:
     make_store(directory, size, features.PART)
     run = open_run(directory, size, 1, 0, device)
     place, store = place_of(run), run.store()
-    weights = directory / features.DISCRIMINATOR
-    features._export(weights, new_game(run, place, 0.0).discriminator, run, store)
+    weights = directory / export.DISCRIMINATOR
+    export.write(weights, new_game(run, place, 0.0).discriminator, run, store)
     extractor = features.load_extractor(weights).to(place.device).to(memory_format=layout(place.device))
     shape = (features.BATCH, 3, size, size)
     images = [torch.rand(shape, device=place.device).contiguous(memory_format=layout(place.device)) for _ in range(4)]

@@ -34,7 +34,7 @@ from dcgan import checkpoint, keeper, memory, models, train
 from dcgan import stages as pipeline
 from dcgan.config import Experiment, validate
 from dcgan.data.batches import Batches
-from dcgan.data.store import Description
+from dcgan.data.publish import Description
 from dcgan.distributed import Place
 from dcgan.player import Player
 from dcgan.run import Run

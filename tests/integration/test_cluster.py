@@ -17,7 +17,7 @@ import fabricated
 import pytest
 import ray_nodes
 
-from dcgan import cluster, cluster_train, features
+from dcgan import cluster, cluster_session, cluster_train, features
 from dcgan.config import Compute
 from dcgan.run import Run
 from dcgan.storage import CorruptError
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow
 def ray_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """One local Ray for the tests of this module, in a directory too long for a Unix socket below it."""
     home = tmp_path_factory.mktemp("a-home-with-a-name-of-more-bytes-than-the-107-of-a-unix-socket-have-room-for")
-    with cluster.session(home, workers=2):
+    with cluster_session.session(home, workers=2):
         yield home
 
 
@@ -75,7 +75,7 @@ def test_a_local_ray_starts_nothing_that_training_does_not_need(tmp_path: Path) 
         import time
         from pathlib import Path
 
-        from dcgan import cluster, cluster_train
+        from dcgan import cluster_session, cluster_train
         from dcgan.config import Compute
 
         def others():
@@ -95,7 +95,7 @@ def test_a_local_ray_starts_nothing_that_training_does_not_need(tmp_path: Path) 
             Path(file).write_text(json.dumps(list_named_actors(all_namespaces=True) + actors + found))
 
         home = Path({str(tmp_path)!r})
-        with cluster.session(home, workers=1):
+        with cluster_session.session(home, workers=1):
             cluster_train.launch(report, (str(home / "actors"),), Compute(device="cpu"), home, "lean")
             import ray
             print(sorted(ray._private.worker._global_node.all_processes))
@@ -165,7 +165,7 @@ def test_exception_of_a_worker_is_one_line_and_one_that_would_repeat_is_not_retr
             raise ValueError("train.batch_size=7 is\nwrong")
         dist.barrier()
 
-    with pytest.raises(cluster.WorkerError, match=r"^worker 1: ValueError: train.batch_size=7 is wrong$"):
+    with pytest.raises(cluster_session.WorkerError, match=r"^worker 1: ValueError: train.batch_size=7 is wrong$"):
         cluster_train.launch(fail, (str(ray_home),), compute(max_failures=3), ray_home, "failing")
 
     assert (ray_home / "failures-1").read_text() == "x"
@@ -263,11 +263,11 @@ def test_a_local_ray_keeps_others_out_whatever_was_set_for_another(monkeypatch: 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "")
-    cluster.prepare()
+    cluster_session.prepare()
     assert os.environ["RAY_AUTH_MODE"] == "token"
     own = os.environ["RAY_AUTH_TOKEN"]
     assert len(own) == 64
-    cluster.prepare()
+    cluster_session.prepare()
     assert os.environ["RAY_AUTH_TOKEN"] == own
 
 
@@ -320,7 +320,7 @@ def test_a_node_that_lacks_our_modules_is_named_before_any_work(tmp_path: Path) 
     )
     program = f"""
         from pathlib import Path
-        from dcgan import cluster, cluster_train, features
+        from dcgan import cluster, cluster_session, cluster_train, features
         from dcgan.config import Compute
         for work in (
             lambda: cluster_train.launch(features.extract, (), Compute(device="cpu"), Path({str(tmp_path)!r}), "lost"),
@@ -328,7 +328,7 @@ def test_a_node_that_lacks_our_modules_is_named_before_any_work(tmp_path: Path) 
         ):
             try:
                 work()
-            except cluster.WorkerError as error:
+            except cluster_session.WorkerError as error:
                 print(error)
     """
     with ray_nodes.cluster(tmp_path) as nodes:
@@ -346,7 +346,7 @@ def test_workers_wait_for_room_on_a_cluster_and_say_so(tmp_path: Path) -> None:
     program = f"""
         import logging, time
         from pathlib import Path
-        from dcgan import cluster, cluster_train
+        from dcgan import cluster_session, cluster_train
         from dcgan.config import Compute
         home = Path({str(tmp_path)!r})
         said, working = str(home / "said"), str(home / "working")
@@ -362,7 +362,7 @@ def test_workers_wait_for_room_on_a_cluster_and_say_so(tmp_path: Path) -> None:
             Path(working).touch()
             while not Path(said).exists():
                 time.sleep(0.1)
-        with cluster.session(home, 1):
+        with cluster_session.session(home, 1):
             import ray
             other = ray.remote(num_cpus=1)(busy).remote()
             while not Path(working).exists():
@@ -380,7 +380,7 @@ def test_workers_wait_for_room_on_a_cluster_and_say_so(tmp_path: Path) -> None:
 
 
 def test_a_job_whose_process_always_dies_is_given_up(ray_home: Path) -> None:
-    with pytest.raises(cluster.WorkerError, match="processes died again and again"):
+    with pytest.raises(cluster_session.WorkerError, match="processes died again and again"):
         list(cluster.scatter(lambda _: os._exit(1), ["job"], ray_home))
 
 
@@ -392,10 +392,10 @@ def test_sigterm_while_ray_starts_is_as_at_any_time(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     monkeypatch.setattr("ray.shutdown", lambda: None)
-    monkeypatch.setattr(cluster, "_connect", connect)
+    monkeypatch.setattr(cluster_session, "_connect", connect)
     before = signal.signal(signal.SIGTERM, lambda *_: seen.append("called"))
     try:
-        with pytest.raises(KeyboardInterrupt), cluster.session(tmp_path, 1):
+        with pytest.raises(KeyboardInterrupt), cluster_session.session(tmp_path, 1):
             raise AssertionError("not reached")
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -410,8 +410,8 @@ def test_a_cluster_that_cannot_be_joined_is_said_in_one_error(tmp_path: Path, mo
     monkeypatch.setattr("ray.init", init)
     monkeypatch.setenv("RAY_ADDRESS", "head:6379")
     with (
-        pytest.raises(cluster.WorkerError, match=r"RAY_ADDRESS=head:6379 can't be joined .*Version mismatch"),
-        cluster.session(tmp_path, 1),
+        pytest.raises(cluster_session.WorkerError, match=r"RAY_ADDRESS=head:6379 can't be joined .*Version mismatch"),
+        cluster_session.session(tmp_path, 1),
     ):
         raise AssertionError("not reached")
 

@@ -19,7 +19,7 @@ import ray_nodes
 from dcgan import checkpoint, config
 from dcgan.reproduce import TABLES
 from dcgan.run import Run
-from dcgan.tracking import Ledger
+from dcgan.tracking_ledger import Ledger
 
 pytestmark = pytest.mark.slow
 
@@ -252,11 +252,11 @@ def test_a_port_that_is_given_up_a_little_later_is_taken(tmp_path: Path) -> None
     script = """
 import sys; sys.path.insert(0, "infra")
 import socket, threading, time
-import local
+import services
 other = socket.create_server(("127.0.0.1", 0))
 port = other.getsockname()[1]
 threading.Timer(1, other.close).start()
-service = local.Service("some", ("python", "-m", "http.server", "--bind", "127.0.0.1", str(port)))
+service = services.Service("some", ("python", "-m", "http.server", "--bind", "127.0.0.1", str(port)))
 service.address = f"http://127.0.0.1:{port}"
 service.start()
 service.wait()
@@ -270,10 +270,10 @@ assert service.stop()
 def test_a_service_that_is_found_as_it_ends_is_started_again(tmp_path: Path) -> None:
     script = """
 import sys; sys.path.insert(0, "infra")
-import local
+import services
 def service():
     code = "import time; print('ready', flush=True); time.sleep(60)"
-    return local.Service("some", ("python", "-c", code), words="ready")
+    return services.Service("some", ("python", "-c", code), words="ready")
 ending, again = service(), service()
 ending.start()
 ending.wait()
@@ -294,9 +294,9 @@ def test_the_servers_alone_end_with_the_command_that_started_them_and_no_others(
     script = """
 import sys; sys.path.insert(0, "infra")
 import os, signal, threading, time
-import local
+import local, services
 def service(name):
-    return local.Service(name, ("python", "-c", "import time; print('on', flush=True); time.sleep(60)"), words="on")
+    return services.Service(name, ("python", "-c", "import time; print('on', flush=True); time.sleep(60)"), words="on")
 earlier = service("earlier")
 earlier.start()
 local.SERVERS = service("earlier"), service("own")
@@ -326,10 +326,10 @@ assert earlier.stop()
 def test_a_service_that_does_not_start_says_how_it_ended(tmp_path: Path, end: str, expected: str) -> None:
     script = f"""
 import sys; sys.path.insert(0, "infra")
-import local
-local.START_SECONDS = 5
+import services
+services.START_SECONDS = 5
 code = "import os, sys, time; print('why', flush=True); {end}"
-service = local.Service("some", ("python", "-c", code), words="ready")
+service = services.Service("some", ("python", "-c", code), words="ready")
 service.start()
 try:
     service.wait()

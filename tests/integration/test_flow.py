@@ -16,7 +16,7 @@ from prefect.testing.utilities import prefect_test_harness
 
 from dcgan import config, stages
 from dcgan.run import Run
-from dcgan.tracking import Ledger
+from dcgan.tracking_ledger import Ledger
 from flows.train_eval import train_eval
 
 pytestmark = pytest.mark.slow

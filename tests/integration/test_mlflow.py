@@ -18,8 +18,9 @@ import pytest
 import torch
 from mlflow_server import Gate, Server
 
-from dcgan import features, mirror, stages, storage, tracking
+from dcgan import export, features, mirror_runs, stages, storage, tracking
 from dcgan.run import Run
+from dcgan.tracking_ledger import Ledger
 
 mlflow = pytest.importorskip("mlflow")
 pytestmark = pytest.mark.slow
@@ -43,8 +44,8 @@ def new_run(home: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
     return lambda *overrides: fabricated.new_run(home, [f"train.seed={next(seeds)}", "model.width=8", *overrides])
 
 
-def ledger(run: Run) -> tracking.Ledger:
-    return tracking.Ledger.load(run.path / "mlflow.json")
+def ledger(run: Run) -> Ledger:
+    return Ledger.load(run.path / "mlflow.json")
 
 
 def client(run: Run) -> "mlflow.MlflowClient":
@@ -171,7 +172,7 @@ def test_a_ledger_of_a_lost_machine_that_lags_behind_doubles_nothing(new_run: Ca
     fabricated.play(run, 300, 600)
     fabricated.draw(run, range(0, 601, 100))
     tracking.sync(run)
-    found = mirror.copied_ledger(copy, run.path / "mlflow.json")
+    found = mirror_runs.copied_ledger(copy, run.path / "mlflow.json")
     assert found is not None
     storage.write_bytes(run.path / "mlflow.json", found)
     later = time.time() + 60
@@ -242,7 +243,7 @@ def test_training_that_ends_early_is_shown_as_such(
     assert record(run).info.status == status
     stages.report(run)  # to look at what there is
     assert record(run).info.status == status
-    assert tracking.Ledger.load(run.path / "mlflow.json").run_id == run_id
+    assert Ledger.load(run.path / "mlflow.json").run_id == run_id
 
 
 def test_status_follows_the_run_through_failure_and_resume(new_run: Callable[..., Run]) -> None:
@@ -326,7 +327,7 @@ def test_models_load_without_this_package_and_equal_the_exported_nets(
     assert set(models) == {"generator", "feature-extractor"}
     mlflow.set_tracking_uri(tracking.uri(run.home))
 
-    generator = features.load_exported(run.path / "export" / "generator.safetensors")
+    generator = export.load(run.path / "export" / "generator.safetensors")
     z = torch.randn(5, run.experiment.model.z_dim)
     inputs = (z, torch.arange(5) % 2) if conditional else (z,)
     with torch.no_grad():

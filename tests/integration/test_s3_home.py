@@ -21,12 +21,13 @@ import pytest
 import s3
 import torch
 
-from dcgan import checkpoint, mirror, pictures, remote, stages, storage, tracking
+from dcgan import checkpoint, mirror, mirror_runs, mirror_stores, pictures, remote, stages, storage
 from dcgan.config import Data, Experiment, build
 from dcgan.data.ingest import ingest
 from dcgan.data.store import Store
 from dcgan.remote import Remote, RemoteError
 from dcgan.run import Run
+from dcgan.tracking_ledger import Ledger
 
 pytestmark = pytest.mark.slow
 URL = "s3://bucket/team"
@@ -93,9 +94,9 @@ def test_a_fault_now_and_then_is_ridden_out(
 ) -> None:
     made = make_store(tmp_path / "a")
     server.faults(kind, times=2, method=method, contains="stores", at=1000, seconds=0.01)
-    mirror.push_store(tmp_path / "a", URL, made.fingerprint)
+    mirror_stores.push_store(tmp_path / "a", URL, made.fingerprint)
     server.faults(kind, times=2, method=method, contains="train-00000", at=1000, seconds=0.01)
-    assert mirror.pull_store(tmp_path / "b", URL, made.fingerprint, 1)
+    assert mirror_stores.pull_store(tmp_path / "b", URL, made.fingerprint, 1)
     assert content(tmp_path / "b" / "stores" / made.fingerprint) == content(made.path)
 
 
@@ -106,22 +107,22 @@ def test_a_server_that_stays_broken_publishes_nothing(
     made = make_store(tmp_path / "a")
     server.faults(500, times=math.inf, method="PUT", contains=contains)
     with pytest.raises(RemoteError, match=rf"writing {URL}/stores/{made.fingerprint}/{contains}.*after 6 attempts"):
-        mirror.push_store(tmp_path / "a", URL, made.fingerprint)
+        mirror_stores.push_store(tmp_path / "a", URL, made.fingerprint)
     server.clear()
-    assert not mirror.pull_store(tmp_path / "b", URL, made.fingerprint, 1), "half a store is none"
-    mirror.push_store(tmp_path / "a", URL, made.fingerprint)
-    assert mirror.pull_store(tmp_path / "b", URL, made.fingerprint, 1)
+    assert not mirror_stores.pull_store(tmp_path / "b", URL, made.fingerprint, 1), "half a store is none"
+    mirror_stores.push_store(tmp_path / "a", URL, made.fingerprint)
+    assert mirror_stores.pull_store(tmp_path / "b", URL, made.fingerprint, 1)
 
 
 def test_an_object_that_is_not_what_the_manifest_says_is_refused_by_name(
     server: s3.Store, tmp_path: Path, make_store: Callable[..., Store]
 ) -> None:
     made = make_store(tmp_path / "a")
-    mirror.push_store(tmp_path / "a", URL, made.fingerprint)
+    mirror_stores.push_store(tmp_path / "a", URL, made.fingerprint)
     shard = (made.path / "train-00000.npy").read_bytes()
     Remote(URL).write(f"stores/{made.fingerprint}/train-00000.npy", shard[:-1] + b"?")
     with pytest.raises(storage.CorruptError, match=r"train-00000\.npy is corrupt"):
-        mirror.pull_store(tmp_path / "b", URL, made.fingerprint, 1)
+        mirror_stores.pull_store(tmp_path / "b", URL, made.fingerprint, 1)
     assert not (tmp_path / "b" / "stores" / made.fingerprint).exists()
 
 
@@ -131,10 +132,10 @@ def test_a_name_that_leads_elsewhere_is_refused(server: s3.Store, tmp_path: Path
     server.put(f"bucket/team/runs/one/{name}", b"hostile")
     there.write("runs/one/experiment.json", b"{}")
     with pytest.raises(storage.CorruptError, match=re.escape(repr(name))):
-        mirror.pull_run(run, URL)
+        mirror_runs.pull_run(run, URL)
     manifest = json.dumps({"files": {name: {"bytes": 7, "sha256": "?"}}}).encode()
     with pytest.raises(storage.CorruptError, match=re.escape(repr(name))):
-        mirror._pull(there, "stores/one", tmp_path / "stores" / "one", manifest)
+        mirror.pull(there, "stores/one", tmp_path / "stores" / "one", manifest)
     assert not list(tmp_path.rglob("*outside*"))
 
 
@@ -157,22 +158,22 @@ def test_the_longest_unused_stores_make_room(
 ) -> None:
     homes = [make_store(tmp_path / str(seed), seed=seed) for seed in range(4)]
     for made in homes[:3]:
-        mirror.push_store(made.path.parents[1], URL, made.fingerprint)
+        mirror_stores.push_store(made.path.parents[1], URL, made.fingerprint)
     home, each = tmp_path / "home", sum(map(len, content(homes[0].path).values())) / 1e9
     for made in homes[:2]:
-        assert mirror.pull_store(home, URL, made.fingerprint, 2.5 * each)
-    mirror.use(home / "stores" / homes[0].fingerprint)
-    assert mirror.pull_store(home, URL, homes[2].fingerprint, 2.5 * each)
+        assert mirror_stores.pull_store(home, URL, made.fingerprint, 2.5 * each)
+    mirror_stores.use(home / "stores" / homes[0].fingerprint)
+    assert mirror_stores.pull_store(home, URL, homes[2].fingerprint, 2.5 * each)
     there = {path.name for path in (home / "stores").glob("[0-9a-f]*")}
     assert there == {homes[0].fingerprint, homes[2].fingerprint}
     with pytest.raises(OSError, match="of image stores that are in use"):
-        mirror.pull_store(home, URL, homes[1].fingerprint, 1.5 * each)
+        mirror_stores.pull_store(home, URL, homes[1].fingerprint, 1.5 * each)
     assert (home / "stores" / homes[0].fingerprint).is_dir()
     with pytest.raises(OSError, match=r"data\.cache_gb=.* is too little for a store of"):
-        mirror.pull_store(home, URL, homes[1].fingerprint, 0.5 * each)
+        mirror_stores.pull_store(home, URL, homes[1].fingerprint, 0.5 * each)
     shutil.copytree(homes[3].path, home / "stores" / homes[3].fingerprint)  # the only copy there is
     with pytest.raises(OSError, match="of image stores that are in use, or that s3://bucket/team does not have"):
-        mirror.pull_store(home, URL, homes[1].fingerprint, 1.5 * each)
+        mirror_stores.pull_store(home, URL, homes[1].fingerprint, 1.5 * each)
     assert (home / "stores" / homes[3].fingerprint).is_dir()
 
 
@@ -187,8 +188,8 @@ def test_a_run_is_gone_on_with_from_its_copy(server: s3.Store, tmp_path: Path) -
     there.remove(f"runs/{first.name}/checkpoints/{name}" for name in late)
     server.put(f"bucket/team/runs/{first.name}/samples/", b"")  # a console's "new folder"
     shutil.rmtree(tmp_path / "a")
-    assert mirror.pull_run(tmp_path / "c" / "runs" / first.name, URL)
-    assert tracking.Ledger.load(tmp_path / "c" / "runs" / first.name / "mlflow.json").copied
+    assert mirror_runs.pull_run(tmp_path / "c" / "runs" / first.name, URL)
+    assert Ledger.load(tmp_path / "c" / "runs" / first.name / "mlflow.json").copied
     again = stages.ingest(digits(tmp_path / "b"))
     assert again.name == first.name == alone.name
     assert checkpoint.steps(again) == [2]
@@ -211,7 +212,7 @@ def test_a_home_that_was_left_behind_is_brought_up_to_date_and_overwrites_nothin
     stopped.rename(first.path)
     kept = Remote(URL).sizes(f"runs/{first.name}")
     with pytest.raises(RemoteError, match="has a checkpoint of step 4, newer than any here"):
-        mirror.push_run(first.path, URL)
+        mirror_runs.push_run(first.path, URL)
     assert Remote(URL).sizes(f"runs/{first.name}") == kept
 
     def interrupted(*_: object) -> None:
@@ -225,7 +226,7 @@ def test_a_home_that_was_left_behind_is_brought_up_to_date_and_overwrites_nothin
     assert checkpoint.steps(again) == [2, 4]
     assert [line["step"] for line in again.metrics()] == [1, 2, 3, 4]
     assert Run.open(again.path).experiment.evaluate.labels == 100
-    mirror.push_run(again.path, URL)
+    mirror_runs.push_run(again.path, URL)
     assert Remote(URL).sizes(f"runs/{first.name}/checkpoints").keys() == {
         *(f"{step}/{name}" for step in (2, 4) for name in ("manifest.json", "state.pt")),
         "best.json",
@@ -238,20 +239,20 @@ def test_scores_made_elsewhere_are_copied_and_not_overwritten_by_older_ones(
     run = fabricated.new_run(home)
     fabricated.save(run, 100)
     fabricated.score(run, 100)
-    mirror.push_run(run.path, URL)
+    mirror_runs.push_run(run.path, URL)
     other, third = (tmp_path / name / "runs" / run.name for name in ("b", "c"))
-    assert mirror.pull_run(other, URL)
-    assert mirror.pull_run(third, URL)
-    assert not mirror.pull_run(other, URL), "it has everything"
+    assert mirror_runs.pull_run(other, URL)
+    assert mirror_runs.pull_run(third, URL)
+    assert not mirror_runs.pull_run(other, URL), "it has everything"
     (other / "scores" / "svm.json").unlink()
     (other / "metrics.jsonl").write_text("not sent yet\n")
-    assert mirror.pull_run(other, URL)
+    assert mirror_runs.pull_run(other, URL)
     assert content(other / "scores") == content(run.path / "scores")
     assert (other / "metrics.jsonl").read_text() == "not sent yet\n", "only what it lacks"
 
     storage.write_json(run.path / "scores" / "svm.json", {"newer": True})
-    mirror.push_run(run.path, URL)
-    mirror.push_run(third, URL)
+    mirror_runs.push_run(run.path, URL)
+    mirror_runs.push_run(third, URL)
     assert Remote(URL).read(f"runs/{run.name}/scores/svm.json") == (run.path / "scores" / "svm.json").read_bytes()
 
 
@@ -264,7 +265,7 @@ def test_a_checkpoint_that_was_set_aside_is_not_copied(server: s3.Store, home: P
     (run.checkpoints / "200" / "state.pt").write_bytes(damage)
     assert checkpoint.latest(run) == run.checkpoints / "100"
     assert (run.checkpoints / "corrupt-200" / "manifest.json").is_file()
-    mirror.push_run(run.path, URL)
+    mirror_runs.push_run(run.path, URL)
     there = Remote(URL).sizes(f"runs/{run.name}/checkpoints")
     assert {name.split("/")[0] for name in there} == {"100", "best.json"}
 
@@ -274,7 +275,7 @@ def test_a_checkpoint_that_was_made_again_takes_the_place_of_its_copy(server: s3
     run = fabricated.new_run(home)
     fabricated.save(run, 100, 0.5)
     for whole in (True, False):
-        mirror.push_run(run.path, URL)
+        mirror_runs.push_run(run.path, URL)
         if not whole:
             Remote(URL).remove([f"runs/{run.name}/checkpoints/100/manifest.json"])
         state = checkpoint.load(run.checkpoints / "100")
@@ -283,9 +284,9 @@ def test_a_checkpoint_that_was_made_again_takes_the_place_of_its_copy(server: s3
         writer = checkpoint.Writer(run)
         writer.save(state, 0.5)
         writer.close()
-        mirror.push_run(run.path, URL)
+        mirror_runs.push_run(run.path, URL)
         other = run.path.with_name(f"other-{whole}") / run.name
-        assert mirror.pull_run(other, URL)
+        assert mirror_runs.pull_run(other, URL)
         assert content(other / "checkpoints" / "100") == content(run.checkpoints / "100")
         storage.read_manifest(other / "checkpoints" / "100")
 
@@ -295,8 +296,8 @@ def test_processes_that_want_the_same_store_copy_it_once(server: s3.Store, tmp_p
     server.log.clear()
     script = f"""
         from pathlib import Path
-        from dcgan import mirror
-        assert mirror.pull_store(Path({str(tmp_path / "b")!r}), {URL!r}, {made!r}, 1)
+        from dcgan import mirror_stores
+        assert mirror_stores.pull_store(Path({str(tmp_path / "b")!r}), {URL!r}, {made!r}, 1)
     """
     processes = [subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)]) for _ in range(3)]
     assert [process.wait() for process in processes] == [0, 0, 0]
@@ -314,7 +315,7 @@ def test_a_remote_that_is_away_does_not_stop_training(server: s3.Store, tmp_path
         stages.train(run)
     assert sorted(path.name for path in run.checkpoints.iterdir()) == ["2", "4", "best.json"], "trained to the end"
     server.clear()
-    mirror.push_run(run.path, URL)
+    mirror_runs.push_run(run.path, URL)
     assert "checkpoints/4/manifest.json" in Remote(URL).sizes(f"runs/{run.name}")
 
 
@@ -332,9 +333,9 @@ def test_a_checkpoint_that_is_removed_while_it_is_copied_does_not_end_the_copyin
             shutil.rmtree(run.checkpoints / "100", ignore_errors=True)
         return original(*arguments, **others)
 
-    monkeypatch.setattr(mirror, "EVERY", 0.01)
+    monkeypatch.setattr(mirror_runs, "EVERY", 0.01)
     monkeypatch.setattr(*moment, removing)
-    with mirror.follow(run.path, URL):
+    with mirror_runs.follow(run.path, URL):
         (copying,) = [thread for thread in threading.enumerate() if thread.name == "mirror"]
         while copying.is_alive() and "200/manifest.json" not in Remote(URL).sizes(f"runs/{run.name}/checkpoints"):
             time.sleep(0.05)
@@ -361,8 +362,8 @@ def test_killed_at_random_moments_an_upload_ends_whole(
     assert len(made.shards("train")) > 9
     script = f"""
         from pathlib import Path
-        from dcgan import mirror
-        mirror.push_store(Path({str(tmp_path / "a")!r}), {URL!r}, {made.fingerprint!r})
+        from dcgan import mirror_stores
+        mirror_stores.push_store(Path({str(tmp_path / "a")!r}), {URL!r}, {made.fingerprint!r})
     """
     server.faults("slow", times=math.inf, method="PUT", seconds=0.05)
     for _ in range(10):
@@ -373,12 +374,12 @@ def test_killed_at_random_moments_an_upload_ends_whole(
         time.sleep(random.uniform(0, 0.4))
         process.send_signal(signal.SIGKILL)
         process.wait()
-        if mirror.pull_store(tmp_path / "b", URL, made.fingerprint, 1):
+        if mirror_stores.pull_store(tmp_path / "b", URL, made.fingerprint, 1):
             break
     server.clear()
     subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True)
     shutil.rmtree(tmp_path / "b", ignore_errors=True)
-    assert mirror.pull_store(tmp_path / "b", URL, made.fingerprint, 1)
+    assert mirror_stores.pull_store(tmp_path / "b", URL, made.fingerprint, 1)
     assert content(tmp_path / "b" / "stores" / made.fingerprint) == content(made.path)
     Store.open(tmp_path / "b", made.fingerprint, verify=True)
 
@@ -387,19 +388,19 @@ def test_another_address_gets_the_whole_run_and_so_does_one_that_was_emptied(ser
     run = fabricated.new_run(home)
     fabricated.finished(run)
     fabricated.save(run, 100, 0.5)
-    mirror.push_run(run.path, URL)
+    mirror_runs.push_run(run.path, URL)
     whole = Remote(URL).sizes(f"runs/{run.name}")
     assert {"metrics.jsonl", "experiment.json", "checkpoints/best.json", "checkpoints/100/state.pt"} <= set(whole)
-    mirror.push_run(run.path, "s3://bucket/other")
+    mirror_runs.push_run(run.path, "s3://bucket/other")
     other = Remote("s3://bucket/other")
     assert other.sizes(f"runs/{run.name}") == whole
     fabricated.play(run, 600, 700)
-    mirror.push_run(run.path, URL)
-    mirror.push_run(run.path, "s3://bucket/other")
+    mirror_runs.push_run(run.path, URL)
+    mirror_runs.push_run(run.path, "s3://bucket/other")
     assert other.read(f"runs/{run.name}/metrics.jsonl") == (run.path / "metrics.jsonl").read_bytes()
     there = Remote(URL)
     there.remove(f"runs/{run.name}/{name}" for name in whole)
-    mirror.push_run(run.path, URL)
+    mirror_runs.push_run(run.path, URL)
     assert there.sizes(f"runs/{run.name}").keys() == whole.keys()
 
 
@@ -423,9 +424,9 @@ def test_ctrl_c_does_not_wait_for_a_remote_that_does_not_answer(
         asked.set()
         ended.wait()
 
-    monkeypatch.setattr(mirror, "push_run", hanging)
-    monkeypatch.setattr(mirror, "PATIENCE", 0.01)
-    with pytest.raises(KeyboardInterrupt), mirror.follow(run.path, URL):
+    monkeypatch.setattr(mirror_runs, "push_run", hanging)
+    monkeypatch.setattr(mirror_runs, "PATIENCE", 0.01)
+    with pytest.raises(KeyboardInterrupt), mirror_runs.follow(run.path, URL):
         raise KeyboardInterrupt
     assert asked.wait(60), "the last copy is begun"
     ended.set()
@@ -434,6 +435,6 @@ def test_ctrl_c_does_not_wait_for_a_remote_that_does_not_answer(
 def test_a_run_that_was_interrupted_is_copied(server: s3.Store, home: Path) -> None:
     run = fabricated.new_run(home)
     fabricated.save(run, 100, 0.5)
-    with pytest.raises(KeyboardInterrupt), mirror.follow(run.path, URL):
+    with pytest.raises(KeyboardInterrupt), mirror_runs.follow(run.path, URL):
         raise KeyboardInterrupt
     assert "checkpoints/100/manifest.json" in Remote(URL).sizes(f"runs/{run.name}")

@@ -16,7 +16,8 @@ import pytest
 import s3
 
 from dcgan.config import Data
-from dcgan.data.sources import fetch, published
+from dcgan.data.sources import attempts, published
+from dcgan.data.sources import s3 as source
 
 pytestmark = pytest.mark.slow
 
@@ -36,8 +37,8 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[s3.Store]:
 @pytest.fixture
 def store(running: s3.Store, monkeypatch: pytest.MonkeyPatch) -> s3.Store:
     """A store without faults, read in small pieces and almost without pauses."""
-    monkeypatch.setattr(fetch, "DELAY", 0.001)
-    monkeypatch.setattr(fetch, "PIECE", PIECE)
+    monkeypatch.setattr(attempts, "DELAY", 0.001)
+    monkeypatch.setattr(source, "PIECE", PIECE)
     running.clear()
     return running
 
@@ -82,7 +83,7 @@ def stop_after_two_pieces(store: s3.Store, folder: Path, monkeypatch: pytest.Mon
     store.faults("slow", 2, seconds=0)
     store.faults("truncate", math.inf, at=1000)
     with monkeypatch.context() as patch:
-        patch.setattr(fetch, "ATTEMPTS", 1)
+        patch.setattr(attempts, "ATTEMPTS", 1)
         with pytest.raises(published.DownloadError, match=r"s3://bucket/m/f: .*"):
             get(store, "bucket/m", folder)
     assert (folder / "f.part").stat().st_size == 2 * PIECE
@@ -115,9 +116,9 @@ def test_what_is_not_there_is_refused_at_once(store: s3.Store, tmp_path: Path, p
 def test_a_server_that_stays_broken_is_given_up(store: s3.Store, tmp_path: Path) -> None:
     store.put("bucket/m/f", GOOD)
     store.faults(503, math.inf, method="HEAD")
-    with pytest.raises(published.DownloadError, match=rf"s3://bucket/m/f: .*\({fetch.ATTEMPTS} attempts\)"):
+    with pytest.raises(published.DownloadError, match=rf"s3://bucket/m/f: .*\({attempts.ATTEMPTS} attempts\)"):
         get(store, "bucket/m", tmp_path)
-    assert len(store.log) == fetch.ATTEMPTS
+    assert len(store.log) == attempts.ATTEMPTS
 
 
 def test_missing_credentials_are_said_at_once(store: s3.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +163,7 @@ def fetched(store: s3.Store) -> list[str]:
 
 
 def test_a_tree_is_staged_once(store: s3.Store, tree: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetch, "LISTED", 2)  # a page
+    monkeypatch.setattr(source, "LISTED", 2)  # a page
     root = published.tree(given(store, tree), tmp_path / "d")
     assert root.parent == tmp_path / "d"
     assert content(root) == TREE
@@ -220,7 +221,7 @@ def test_a_staging_that_failed_leaves_whole_files_and_goes_on(store: s3.Store, t
     root = published.tree(given(store, tree), tmp_path)
     (root / "d.txt").unlink()
     store.faults("truncate", math.inf, contains="d.txt", at=1000)
-    with pytest.raises(published.DownloadError, match=rf"s3://{re.escape(tree)}: .*\({fetch.ATTEMPTS} attempts\)"):
+    with pytest.raises(published.DownloadError, match=rf"s3://{re.escape(tree)}: .*\({attempts.ATTEMPTS} attempts\)"):
         published.tree(given(store, tree), tmp_path)
     assert content(root) == {name: raw for name, raw in TREE.items() if name != "d.txt"}
     with pytest.raises(FileNotFoundError, match=f"{re.escape(str(root))} is not complete, and data.offline=true"):
@@ -236,21 +237,21 @@ def test_a_large_file_of_a_tree_goes_on_where_it_was_given_up(
 ) -> None:
     """More pieces are lost on the way than attempts are made: each that arrived is progress, over a restart, too."""
     store.put(f"{tree}/large.tar", GOOD)
-    monkeypatch.setattr(fetch, "ATTEMPTS", 2)
-    pieces = fetch.Bucket.pieces
+    monkeypatch.setattr(attempts, "ATTEMPTS", 2)
+    pieces = source.Bucket.pieces
     asked: list[int] = []
 
-    def faulty(bucket: fetch.Bucket, key: str, offset: int, length: int) -> Iterator[bytes]:
+    def faulty(bucket: source.Bucket, key: str, offset: int, length: int) -> Iterator[bytes]:
         for number, piece in enumerate(pieces(bucket, key, offset, length)):
             if key.endswith("large.tar"):
                 if number == 1 or len(asked) >= 3:
                     asked.append(-1)
-                    raise fetch.Interrupted("a fault")
+                    raise attempts.Interrupted("a fault")
                 asked.append(offset + number * PIECE)
             yield piece
 
     with monkeypatch.context() as patch:
-        patch.setattr(fetch.Bucket, "pieces", faulty)
+        patch.setattr(source.Bucket, "pieces", faulty)
         with pytest.raises(published.DownloadError, match="a fault"):
             published.tree(given(store, tree), tmp_path)
     assert asked == [0, -1, PIECE, -1, -1]
@@ -265,9 +266,9 @@ def test_ctrl_c_does_not_wait_for_the_rest_of_a_large_file(
     store: s3.Store, tree: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store.put(f"{tree}/large.tar", GOOD)
-    begun, pieces = threading.Event(), fetch.Bucket.pieces
+    begun, pieces = threading.Event(), source.Bucket.pieces
 
-    def endless(bucket: fetch.Bucket, key: str, offset: int, length: int) -> Iterator[bytes]:
+    def endless(bucket: source.Bucket, key: str, offset: int, length: int) -> Iterator[bytes]:
         if not key.endswith("large.tar"):
             begun.wait()
             raise KeyboardInterrupt
@@ -276,24 +277,24 @@ def test_ctrl_c_does_not_wait_for_the_rest_of_a_large_file(
             yield b""
 
     with monkeypatch.context() as patch:
-        patch.setattr(fetch.Bucket, "pieces", endless)
+        patch.setattr(source.Bucket, "pieces", endless)
         with pytest.raises(KeyboardInterrupt):
             published.tree(given(store, tree), tmp_path)
-    assert pieces is fetch.Bucket.pieces
+    assert pieces is source.Bucket.pieces
 
 
 def test_an_object_that_shrinks_after_it_was_listed_is_not_taken(
     store: s3.Store, tree: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    listing = fetch.Bucket.page
+    listing = source.Bucket.page
 
-    def page(bucket: fetch.Bucket, prefix: str, after: str | None) -> object:
+    def page(bucket: source.Bucket, prefix: str, after: str | None) -> object:
         found = listing(bucket, prefix, after)
         store.put(f"{tree}/n01/a.jpg", b"a")
         return found
 
     with monkeypatch.context() as patch:
-        patch.setattr(fetch.Bucket, "page", page)
+        patch.setattr(source.Bucket, "page", page)
         with pytest.raises(published.DownloadError, match=r"1 of 10 bytes received"):
             published.tree(given(store, tree), tmp_path)
     assert content(published.tree(given(store, tree), tmp_path)) == TREE | {"n01/a.jpg": b"a"}

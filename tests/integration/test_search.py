@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dcgan import cluster, cluster_search
+from dcgan import cluster_search, cluster_session
 from dcgan.config import Model
-from dcgan.evaluate import supervised
+from dcgan.evaluate import supervised_search
 
 pytestmark = pytest.mark.slow
 
@@ -27,7 +27,7 @@ Json = dict[str, Any]
 @pytest.fixture(scope="module")
 def ray_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     home = tmp_path_factory.mktemp("home")
-    with cluster.session(home, workers=2):
+    with cluster_session.session(home, workers=2):
         yield home
 
 
@@ -70,7 +70,7 @@ def test_that_all_fail_or_that_there_is_no_gpu_is_an_error(ray_home: Path, tmp_p
     def fail(settings: Json) -> Json:
         raise ValueError("wrong")
 
-    with pytest.raises(cluster.WorkerError, match=r"^all of 2 trials failed, the first: ValueError: wrong$"):
+    with pytest.raises(cluster_session.WorkerError, match=r"^all of 2 trials failed, the first: ValueError: wrong$"):
         cluster_search.search(fail, [{"n": 0}, {"n": 1}], ray_home, tmp_path / "kept")
     with pytest.raises(ValueError, match=r"a trial needs 99 of a GPU, and Ray has"):
         cluster_search.search(fail, [{"n": 0}], ray_home, tmp_path / "kept", gpus=99)
@@ -131,6 +131,6 @@ def test_the_supervised_baseline_is_the_same_as_without_ray(ray_home: Path, tmp_
     labels = np.arange(60) % 2
     images = rng.integers(0, 200, (60, 1, 28, 28), np.uint8) + (labels * 20).astype(np.uint8)[:, None, None, None]
     splits = [(images[part::3], labels[part::3]) for part in range(3)]
-    score = functools.partial(supervised.score, *splits, Model(width=2), labels_per_class=8, trials=2, epochs=3)
+    score = functools.partial(supervised_search.score, *splits, Model(width=2), labels_per_class=8, trials=2, epochs=3)
     by_ray = functools.partial(cluster_search.search, home=ray_home, directory=tmp_path / "ray")
     assert score(tmp_path / "ray", maker=by_ray) == score(tmp_path / "here")

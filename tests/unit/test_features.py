@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from dcgan import checkpoint, features, models, storage, train
+from dcgan import checkpoint, export, features, models, storage, train
 from dcgan.config import Model, validate
 from dcgan.data.batches import normalise
 from dcgan.run import Run
@@ -153,7 +153,7 @@ def test_extraction_is_not_repeated_but_follows_the_chosen_checkpoint(trained):
     features.extract(other)
     names = {bank.name.rpartition("-")[0] for bank in other.features.iterdir() if bank.is_dir()}
     assert names == {f"discriminator-{step}", "random_init-0"}
-    exported = features.load_exported(trained.path / "export" / features.GENERATOR)
+    exported = export.load(trained.path / "export" / export.GENERATOR)
     assert torch.equal(exported.project.weight, state["generator"]["project.weight"])
     shutil.rmtree(trained.checkpoints / str(step))
     features.extract(trained)
@@ -168,11 +168,11 @@ def test_a_kill_before_the_bank_is_there_leaves_nothing_that_is_not_made_again(t
         features.extract(trained)
     monkeypatch.setattr(storage, "publish", publish)
     features.extract(trained)
-    assert {file.name for file in (trained.path / "export").iterdir()} == {features.GENERATOR, features.DISCRIMINATOR}
+    assert {file.name for file in (trained.path / "export").iterdir()} == {export.GENERATOR, export.DISCRIMINATOR}
 
 
 def test_exported_generator_draws_what_the_checkpoint_draws(trained):
-    exported = features.load_exported(trained.path / "export" / "generator.safetensors")
+    exported = export.load(trained.path / "export" / "generator.safetensors")
     original = checkpoint.load_generator(checkpoint.latest(trained))
     z, labels = torch.randn(3, 4), torch.tensor([0, 1, 2])
     with torch.no_grad():

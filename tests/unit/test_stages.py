@@ -11,9 +11,10 @@ import pytest
 import torch
 from fabricated import save, write_store
 
-from dcgan import scoring, stages, storage, summary
+from dcgan import environment, scoring, stages, storage
 from dcgan.config import build, override
-from dcgan.data.store import Description, Store
+from dcgan.data.publish import Description
+from dcgan.data.store import Store
 from dcgan.evaluate import EVALUATORS, samples
 from dcgan.run import Run
 
@@ -42,9 +43,9 @@ def test_scores_say_which_code_computed_them(
     tmp_path: Path, make_store: Callable[..., Store], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = extracted(tmp_path, make_store(tmp_path, channels=1), "evaluate.labels=40", "evaluate.neighbours=[1]")
-    monkeypatch.setattr(summary, "commit", lambda: "of this code")
+    monkeypatch.setattr(environment, "commit", lambda: "of this code")
     stages.evaluate(run, "knn")
-    monkeypatch.setattr(summary, "commit", lambda: "of other code")
+    monkeypatch.setattr(environment, "commit", lambda: "of other code")
     stages.evaluate(run, "knn")
     assert run.scores()["knn"]["commit"] == "of this code"
 

@@ -18,8 +18,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dcgan import config, mirror, report, summary, tracking
+from dcgan import config, environment, mirror_runs, report, summary, tracking
 from dcgan.run import Run
+from dcgan.tracking_ledger import Ledger
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def test_the_record_is_a_file_in_the_home_unless_the_environment_names_another(
 
 
 def test_the_link_to_a_run_shows_no_password(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    ledger = tracking.Ledger(run.path / "mlflow.json", run_id="abc", experiment_id="3")
+    ledger = Ledger(run.path / "mlflow.json", run_id="abc", experiment_id="3")
     ledger.save()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:secret@mlflow.example:5000/")
     assert tracking.url(run) == ("https://mlflow.example:5000/#/experiments/3/runs/abc?workflowType=machine_learning")
@@ -48,11 +49,11 @@ def test_the_link_to_a_run_shows_no_password(run: Run, monkeypatch: pytest.Monke
 def test_a_ledger_of_another_server_does_not_replace_ones_own(tmp_path: Path) -> None:
     content, here = json.dumps({"run_id": "theirs", "server": "https://ml.example"}).encode(), tmp_path / "mlflow.json"
     copied = {"run_id": "theirs", "server": "https://ml.example", "copied": True}
-    assert json.loads(mirror.copied_ledger(content, here) or b"") == copied
+    assert json.loads(mirror_runs.copied_ledger(content, here) or b"") == copied
     here.write_text(json.dumps({"run_id": "ours", "server": "https://ml.example"}))
-    assert json.loads(mirror.copied_ledger(content, here) or b"") == copied, "it knows more"
+    assert json.loads(mirror_runs.copied_ledger(content, here) or b"") == copied, "it knows more"
     here.write_text(json.dumps({"run_id": "ours", "server": "sqlite:///x on this machine"}))
-    assert mirror.copied_ledger(content, here) is None
+    assert mirror_runs.copied_ledger(content, here) is None
 
 
 @pytest.mark.parametrize("same", [True, False])
@@ -66,18 +67,18 @@ def test_a_run_is_delivered_anew_only_where_it_is_not_known(
         ids.append(tracking.start(run))
     assert None not in ids
     assert len(set(ids)) == (1 if same else 2)
-    ledger = tracking.Ledger.load(run.path / "mlflow.json")
+    ledger = Ledger.load(run.path / "mlflow.json")
     assert (ledger.run_id, ledger.server) == (ids[1], tracking.server(run.home))
     assert "was deleted" not in caplog.text
 
 
 def test_a_ledger_comes_back_as_it_was_saved(tmp_path: Path) -> None:
-    ledger = tracking.Ledger.load(tmp_path / "mlflow.json")
+    ledger = Ledger.load(tmp_path / "mlflow.json")
     ledger.images, ledger.tags = 640, {"a": "b"}
     ledger.begin("metrics")
     ledger.begin("data")
     ledger.end("data", "v1")
-    assert tracking.Ledger.load(tmp_path / "mlflow.json") == ledger
+    assert Ledger.load(tmp_path / "mlflow.json") == ledger
     assert (ledger.pending, ledger.sent) == (["metrics"], {"data": "v1"})
     ledger.forget()
     assert (ledger.run_id, ledger.images, ledger.sent, ledger.pending, ledger.tags) == ("", -1, {}, [], {"a": "b"})
@@ -154,7 +155,7 @@ def test_a_disk_without_room_ends_neither_deliveries_nor_training(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(tracking.Ledger, "save", full)
+    monkeypatch.setattr(Ledger, "save", full)
     monkeypatch.setattr(tracking, "SOON", 0.05)
 
     def training() -> None:
@@ -230,10 +231,10 @@ def test_a_folder_is_repeated_with_its_source(tmp_path: Path) -> None:
 
 
 def test_an_environment_names_versions_and_commit() -> None:
-    environment = summary.environment()
-    assert environment["packages"]["torch"]
-    assert environment["python"] == ".".join(map(str, sys.version_info[:3]))
-    json.dumps(environment)
+    described = environment.describe()
+    assert described["packages"]["torch"]
+    assert described["python"] == ".".join(map(str, sys.version_info[:3]))
+    json.dumps(described)
 
 
 @pytest.mark.parametrize(
@@ -250,8 +251,8 @@ def test_a_processor_is_named_with_the_instructions_that_decide_its_speed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: str, named: str
 ) -> None:
     (tmp_path / "cpuinfo").write_text(f"model name\t: Xeon 9\nflags\t\t: {flags}\n" * 2)
-    monkeypatch.setattr(summary, "CPUINFO", tmp_path / "cpuinfo")
-    assert summary.environment()["cpu"] == f"{os.cpu_count()} x {named}"
+    monkeypatch.setattr(environment, "CPUINFO", tmp_path / "cpuinfo")
+    assert environment.describe()["cpu"] == f"{os.cpu_count()} x {named}"
 
 
 def test_a_run_recorded_with_a_password_is_shown_without_it(home: Path) -> None:
@@ -272,13 +273,13 @@ def test_a_command_that_hangs_says_nothing(monkeypatch: pytest.MonkeyPatch, tmp_
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexec sleep 60\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.setattr(summary, "COMMAND_SECONDS", 0.1)
-    assert summary.environment()["gpu"] == []
+    monkeypatch.setattr(environment, "COMMAND_SECONDS", 0.1)
+    assert environment.describe()["gpu"] == []
 
 
 def test_only_code_that_decides_a_result_counts_as_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[list[str]] = []
-    monkeypatch.setattr(summary, "_output", lambda command: asked.append(command) or "x")
-    assert summary.commit() == "x (changed)"
+    monkeypatch.setattr(environment, "_output", lambda command: asked.append(command) or "x")
+    assert environment.commit() == "x (changed)"
     (status,) = (command for command in asked if "status" in command)
     assert status[status.index("--") + 1 :] == [":/dcgan", ":/flows", ":/constraints.txt"]

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dcgan.config import Data
+from dcgan.data.publish import Description, SourceFile
 from dcgan.data.records import Records
-from dcgan.data.store import Description, SourceFile
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Source(Protocol):
     def read(self, data: Data, downloads: Path) -> Opened:
         """Find, download (under `downloads` only) and check the input.
 
-        Raises FileNotFoundError, ValueError, storage.CorruptError or fetch.DownloadError, naming the file or address.
+        Raises FileNotFoundError, ValueError, CorruptError or DownloadError, naming the file or address.
         """
 
 

@@ -15,11 +15,12 @@ from pathlib import Path
 
 from dcgan import storage
 from dcgan.config import Data
+from dcgan.data.publish import SourceFile
 from dcgan.data.sources import fetch as network
-from dcgan.data.sources.fetch import DownloadError as DownloadError
+from dcgan.data.sources.attempts import DownloadError as DownloadError
+from dcgan.data.sources.attempts import Interrupted, Refused, shown
 from dcgan.data.sources.partial import GB, Partial, partial
 from dcgan.data.sources.tree import tree as tree
-from dcgan.data.store import SourceFile
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ def fetch(addresses: Sequence[str], name: str, digest: str, folder: Path, data: 
     if _is_there(path, digest):
         return path
     if data.offline:
-        places = " or ".join(map(network.shown, urls))
+        places = " or ".join(map(shown, urls))
         lacking = "is not the published file" if path.exists() else "is missing"
         raise FileNotFoundError(f"{path} {lacking}, and data.offline=true: put {places} there")
     with partial(path) as part:
@@ -165,22 +166,22 @@ def _download(urls: Sequence[str], part: Partial, digest: str) -> None:
             size = part.final.stat().st_size
             log.info("%s: %.2f GB are complete after %.0f s", part.final.name, size / GB, time.monotonic() - start)
             return
-        problems.append(f"{network.shown(url)}: {problem}")
-        transient |= isinstance(problem, network.Interrupted)
+        problems.append(f"{shown(url)}: {problem}")
+        transient |= isinstance(problem, Interrupted)
         log.warning("download refused: %s", problems[-1])
     raise DownloadError(f"{part.final.name} could not be downloaded: {'; '.join(problems)}", transient)
 
 
-def _try(url: str, part: Partial, digest: str) -> network.Refused | network.Interrupted | None:
+def _try(url: str, part: Partial, digest: str) -> Refused | Interrupted | None:
     """What is wrong with this address, or None if `part` is now the published file."""
     problem = ""
     for _ in range(ATTEMPTS):
         try:
             network.download(url, part)
-        except (network.Refused, network.Interrupted) as error:
+        except (Refused, Interrupted) as error:
             return error
         if not (problem := _problem(part.path, digest)):
             return None
         part.discard()
-        log.warning("%s: %s %s", network.shown(url), part.final.name, problem)
-    return network.Refused(f"{part.final.name} {problem}")
+        log.warning("%s: %s %s", shown(url), part.final.name, problem)
+    return Refused(f"{part.final.name} {problem}")

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from dcgan import storage
 from dcgan.config import Data
-from dcgan.data.sources import fetch
+from dcgan.data.sources import attempts, s3
 from dcgan.data.sources.partial import GB, LOG_EVERY, locked, naming
 
 log = logging.getLogger(__name__)
@@ -47,13 +47,15 @@ def tree(data: Data, folder: Path) -> Path:
     The copy has the same relative paths; files that are no longer at the address are removed from it. Raises
     FileNotFoundError if there is no such directory, if nothing is at the address, or if the copy is incomplete and
     `data.offline` forbids completing it; ValueError for http(s) and for a key that is no path below the address;
-    fetch.DownloadError if the address can't be read, and OSError, naming the path, if the copy can't be written.
+    attempts.DownloadError if the address can't be read, and OSError, naming the path, if the copy can't be written.
     """
     source = data.source or ""
     if source.startswith("s3://"):
         return _staged(source.rstrip("/"), folder, data.offline)
     if source.startswith(("http://", "https://")):
-        raise ValueError(f"data.source={fetch.shown(source)}: files can't be listed over http(s); give s3:// or a path")
+        raise ValueError(
+            f"data.source={attempts.shown(source)}: files can't be listed over http(s); give s3:// or a path"
+        )
     root = Path(source).expanduser().absolute()
     if not source or not root.is_dir():
         raise FileNotFoundError(f"data.source={data.source} is not a directory")
@@ -73,8 +75,8 @@ def _staged(address: str, folder: Path, offline: bool) -> Path:
     with locked(folder / f".{name}.lock"):
         try:
             staging.run()
-        except (fetch.Refused, fetch.Interrupted) as error:
-            raise fetch.DownloadError(f"{address}: {error}", isinstance(error, fetch.Interrupted)) from error
+        except (attempts.Refused, attempts.Interrupted) as error:
+            raise attempts.DownloadError(f"{address}: {error}", isinstance(error, attempts.Interrupted)) from error
     return staging.root
 
 
@@ -93,8 +95,8 @@ class Staging:
         start = last = time.monotonic()
         log.info("%s: staging %s", self.root, self.address)
         self._aside.mkdir(exist_ok=True)  # what a kill left is resumed
-        bucket, paths = fetch.Bucket(self.address), set[str]()
-        with ThreadPoolExecutor(fetch.CONNECTIONS) as pool:
+        bucket, paths = s3.Bucket(self.address), set[str]()
+        with ThreadPoolExecutor(s3.CONNECTIONS) as pool:
             try:
                 for items in self._pages(bucket):
                     for item in pool.map(bind(self._stage, bucket), items):
@@ -112,11 +114,11 @@ class Staging:
         storage.write_json(self.complete, {"address": self.address, "files": len(paths)})
         self._report(len(paths), time.monotonic() - start)
 
-    def _pages(self, bucket: fetch.Bucket) -> Iterator[list[Item]]:
+    def _pages(self, bucket: s3.Bucket) -> Iterator[list[Item]]:
         """All objects below the address, a page at a time: a tree may have millions."""
         prefix, after, first = f"{bucket.key}/" if bucket.key else "", None, True
         while first or after:
-            found, after = fetch.persist(bind(bucket.page, prefix, after), self.root.name)
+            found, after = attempts.persist(bind(bucket.page, prefix, after), self.root.name)
             yield [self._item(entry, prefix) for entry in found if not _is_marker(entry)]
             first = False
 
@@ -126,12 +128,12 @@ class Staging:
             raise ValueError(f"data.source={self.address} has the key {key!r}, which is no path of a file below it")
         return Item(key, path, entry["Size"], round(entry["LastModified"].timestamp() * 1000) * 10**6)
 
-    def _stage(self, bucket: fetch.Bucket, item: Item) -> Item:
+    def _stage(self, bucket: s3.Bucket, item: Item) -> Item:
         path = self.root / item.path
         if not item.is_at(path):
             self.complete.unlink(missing_ok=True)
             aside = self._aside / hashlib.sha256(repr(item).encode()).hexdigest()
-            fetch.persist(bind(self._copy, bucket, item, aside), item.path, lambda: _bytes(aside))
+            attempts.persist(bind(self._copy, bucket, item, aside), item.path, lambda: _bytes(aside))
             os.utime(aside, ns=(item.changed, item.changed))
             path.parent.mkdir(parents=True, exist_ok=True)
             os.replace(aside, path)
@@ -140,16 +142,16 @@ class Staging:
                 self._bytes += item.size
         return item
 
-    def _copy(self, bucket: fetch.Bucket, item: Item, aside: Path) -> None:
+    def _copy(self, bucket: s3.Bucket, item: Item, aside: Path) -> None:
         """Fetch what `aside`, whose name tells the object's version, lacks of it."""
         with naming(aside), aside.open("ab") as file:
             for piece in bucket.pieces(item.key, _bytes(aside), item.size):
                 if self._ended.is_set():  # by Ctrl-C or another object's failure: the rest may take hours
-                    raise fetch.Refused("the staging has ended")
+                    raise attempts.Refused("the staging has ended")
                 file.write(piece)
         if (arrived := _bytes(aside)) != item.size:
             aside.unlink()  # the object is no longer the one that was listed
-            raise fetch.Interrupted(f"{arrived} of {item.size} bytes received")
+            raise attempts.Interrupted(f"{arrived} of {item.size} bytes received")
 
     def _remove_others(self, paths: set[str]) -> None:
         """Remove files that are no longer at the address: they would be trained on."""

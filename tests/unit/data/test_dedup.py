@@ -197,13 +197,3 @@ def test_joined_rows_point_to_the_first_of_all_they_hang_together_with(pairs: li
 def test_what_is_no_collection_of_images_is_refused(shards: list[np.ndarray]) -> None:
     with pytest.raises(ValueError, match=r"^shards of .*; expected uint8 \(n, 1 or 3, H, H\)"):
         dedup.find(shards)
-
-
-def test_a_sheet_has_a_group_a_row() -> None:
-    images = blobs(30, 8)
-    picture = dedup.sheet([images[:5], images[5:]], [[0, 4], [1, 5, 29], [2, 3]], most=2)
-    assert picture.shape == (2 + 2 * 10, 2 + dedup.SHOWN * 10, 3)
-    assert np.array_equal(picture[12:20, 22:30], images[29].transpose(1, 2, 0))
-    assert (picture[2:10, 22:30] == 255).all(), "the first group has two images"
-    assert dedup.sheet([images], [list(range(30))], most=5).shape == (12, 2 + dedup.SHOWN * 10, 3)
-    assert dedup.sheet([images], [], most=5).shape[2] == 3

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from dcgan.config import Data
-from dcgan.data import dedup, shards
+from dcgan.data import dedup, pruning, shards
 from dcgan.data.ingest import ingest
 from dcgan.data.store import Store
 
@@ -158,3 +158,13 @@ def test_killed_while_it_is_published_the_store_is_the_same(
     assert again.fingerprint == whole.fingerprint
     assert (tmp_path / "home" / "duplicates" / again.fingerprint / "groups.json").exists()
     assert not list((tmp_path / "home" / "stores").glob(".ingest-*"))
+
+
+def test_a_sheet_has_a_group_a_row() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (30, 3, 8, 8), np.uint8)
+    picture = pruning.sheet([images[:5], images[5:]], [[0, 4], [1, 5, 29], [2, 3]], most=2)
+    assert picture.shape == (2 + 2 * 10, 2 + pruning.SHOWN * 10, 3)
+    assert np.array_equal(picture[12:20, 22:30], images[29].transpose(1, 2, 0))
+    assert (picture[2:10, 22:30] == 255).all(), "the first group has two images"
+    assert pruning.sheet([images], [list(range(30))], most=5).shape == (12, 2 + pruning.SHOWN * 10, 3)
+    assert pruning.sheet([images], [], most=5).shape[2] == 3

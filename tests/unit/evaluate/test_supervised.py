@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from dcgan.config import Model, digest
-from dcgan.evaluate import supervised
+from dcgan.evaluate import supervised, supervised_search
 from dcgan.evaluate.samples import NotConvergedError
-from dcgan.evaluate.supervised import Hyperparameters, classifier, sample, score, train_classifier
+from dcgan.evaluate.supervised import Hyperparameters, classifier, train_classifier
+from dcgan.evaluate.supervised_search import sample, score
 from dcgan.models import Discriminator, initialise
 
 MODEL = Model(width=2)
@@ -106,7 +107,7 @@ def test_the_first_lowest_error_is_kept_and_patience_ends(monkeypatch, errors, b
         seen.append(net.state_dict()["output.1.weight"].clone())
         return np.where(np.arange(len(x)) < round(next(asked) * len(x)), -1, VALIDATION[1])
 
-    monkeypatch.setattr(supervised, "_classify", classify)
+    monkeypatch.setattr(supervised, "classify", classify)
     settings = replace(SETTINGS, epochs=2 * len(errors))
     trained = train_classifier(TRAIN, VALIDATION, MODEL, settings, 0)
     assert (trained.validation_error, trained.epoch) == (pytest.approx(min(errors)), 2 * best)
@@ -119,7 +120,7 @@ def test_the_last_epoch_is_validated_though_it_is_no_fifth():
 
 
 def test_validation_on_the_way_does_not_change_training(monkeypatch):
-    real = supervised._classify
+    real = supervised.classify
     weights = []
     for every in (1, 3):
         errors = iter([0.3, 0.2, 0.1])  # lower and lower, so that the last weights are kept
@@ -128,7 +129,7 @@ def test_validation_on_the_way_does_not_change_training(monkeypatch):
             real(net, x, device)
             return np.where(np.arange(len(x)) < next(errors) * len(x), -1, VALIDATION[1])
 
-        monkeypatch.setattr(supervised, "_classify", classify)
+        monkeypatch.setattr(supervised, "classify", classify)
         monkeypatch.setattr(supervised, "VALIDATE_EVERY", every)
         weights.append(train_classifier(TRAIN, VALIDATION, MODEL, replace(SETTINGS, epochs=3), 0).weights)
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
@@ -236,10 +237,10 @@ def test_a_trial_that_diverges_does_not_stop_the_search_but_one_has_to_learn(tmp
 
         return drawn
 
-    monkeypatch.setattr(supervised, "sample", diverging(2))
+    monkeypatch.setattr(supervised_search, "sample", diverging(2))
     found = search(tmp_path)
     assert (found["supervised/trial"], found["supervised/failed"]) == (2, 2)
-    monkeypatch.setattr(supervised, "sample", diverging(3))
+    monkeypatch.setattr(supervised_search, "sample", diverging(3))
     with pytest.raises(NotConvergedError, match="none of 3 trials has learned"):
         search(tmp_path)
 

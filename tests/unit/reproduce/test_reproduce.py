@@ -16,7 +16,18 @@ from hypothesis import strategies as st
 from mlflow import MlflowClient
 from sklearn.neighbors import KNeighborsClassifier
 
-from dcgan import checkpoint, config, reproduce, sampling, stages, storage, summary, tracking, tracking_rows
+from dcgan import (
+    checkpoint,
+    config,
+    environment,
+    reproduce,
+    sampling,
+    stages,
+    storage,
+    summary,
+    tracking,
+    tracking_rows,
+)
 from dcgan.data.store import Store
 from dcgan.evaluate import EVALUATORS, samples
 from dcgan.evaluate.published import PAPER, PUBLISHED
@@ -135,7 +146,7 @@ def test_a_record_names_the_code_that_measured_trained_and_scored(
     tiny: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code = ["first"]
-    monkeypatch.setattr(summary, "commit", lambda: code[0])
+    monkeypatch.setattr(environment, "commit", lambda: code[0])
     monkeypatch.setattr(summary, "trained_by", lambda run: "trained")
 
     def changing(setting: Setting) -> Measured:
@@ -155,7 +166,7 @@ def test_a_run_of_an_older_version_names_no_commit_of_its_own(
     tiny: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = (*tiny, *SMALL, *MODEL)
-    monkeypatch.setattr(summary, "commit", lambda: "now")
+    monkeypatch.setattr(environment, "commit", lambda: "now")
     (name,) = measure.one("tiny", "trained", words, seeds=1)["runs"]
     run = home(tiny) / "runs" / name
     (run / "environment.json").unlink()
@@ -169,7 +180,7 @@ def test_a_run_of_an_older_version_names_no_commit_of_its_own(
 def test_a_record_names_the_hardware_that_trained(tiny: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(summary, "trained_on", lambda run: "8 x Another")
     found = measure.one("tiny", "trained", (*tiny, *SMALL, *MODEL), seeds=1)
-    assert found["hardware"] == f"8 x Another, {summary.hardware(summary.environment())}"
+    assert found["hardware"] == f"8 x Another, {environment.hardware(environment.describe())}"
 
 
 def test_only_the_splits_to_be_clustered_are(
@@ -226,9 +237,9 @@ def test_a_row_on_features_goes_on_with_the_bank_that_failed(
 
 
 def test_seeds_measured_with_other_code_are_said(tiny: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(summary, "commit", lambda: "first")
+    monkeypatch.setattr(environment, "commit", lambda: "first")
     measure.one("tiny", "counted", tiny, seeds=1)
-    monkeypatch.setattr(summary, "commit", lambda: "second")
+    monkeypatch.setattr(environment, "commit", lambda: "second")
     assert measure.one("tiny", "counted", tiny, seeds=2)["commit"] == "first, second"
 
 

@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from s3 import Proxy
 
-from dcgan.data.sources import fetch
+from dcgan.data.sources import attempts
 
 Answer = Callable[[str, int], tuple[int, bytes, int]]
 
@@ -17,7 +17,7 @@ Answer = Callable[[str, int], tuple[int, bytes, int]]
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attempts follow each other without a pause worth mentioning, and loopback is reached without a proxy."""
-    monkeypatch.setattr(fetch, "DELAY", 0.001)
+    monkeypatch.setattr(attempts, "DELAY", 0.001)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
 
 

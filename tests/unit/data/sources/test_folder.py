@@ -19,7 +19,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from dcgan.config import Data
-from dcgan.data import catalogue, records, shards, store
+from dcgan.data import catalogue, publish, records, shards
 from dcgan.data.ingest import ingest
 from dcgan.data.sources import folder
 from dcgan.data.sources.base import Opened
@@ -217,7 +217,7 @@ def test_what_was_skipped_is_refused_before_other_images_are_decoded(
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(store, "finish", killed)
+    monkeypatch.setattr(publish, "finish", killed)
     with pytest.raises(KeyboardInterrupt):
         ingest(given(tree, unreadable="skip"), tmp_path / "home")
     for record in (tmp_path / "home").rglob("*.json"):

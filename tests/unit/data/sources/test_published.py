@@ -20,7 +20,7 @@ import pytest
 
 from dcgan import storage
 from dcgan.config import Data
-from dcgan.data.sources import fetch, partial, published
+from dcgan.data.sources import attempts, http, partial, published
 
 GOOD = random.Random(0).randbytes(300_000)
 MD5 = hashlib.md5(GOOD).hexdigest()
@@ -59,7 +59,7 @@ def stop_halfway(mirror: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, at:
     """Leave a part of the file in `folder`, as a process that gave up does."""
     mirror.faults("truncate", at=at)
     with monkeypatch.context() as patch:
-        patch.setattr(fetch, "ATTEMPTS", 1)
+        patch.setattr(attempts, "ATTEMPTS", 1)
         with pytest.raises(published.DownloadError):
             get(folder, mirror.address)
     assert names(folder) == ["f.part", "f.part.json"]
@@ -132,7 +132,7 @@ def test_offline_opens_no_connection(make_mirror: Make, tmp_path: Path) -> None:
 def test_a_truncated_download_goes_on_and_no_byte_is_fetched_twice(
     make_mirror: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    monkeypatch.setattr(fetch, "ATTEMPTS", 2)  # fewer than the cuts, each of which made progress
+    monkeypatch.setattr(attempts, "ATTEMPTS", 2)  # fewer than the cuts, each of which made progress
     mirror = make_mirror(f=GOOD)
     cuts = [random.Random(seed).randrange(1, 60_000) for _ in range(4)]
     for cut in cuts:
@@ -214,7 +214,7 @@ def test_a_server_without_ranges_that_never_gets_to_the_end_is_given_up(make_mir
     mirror.faults("truncate", math.inf, at=1000)
     with pytest.raises(published.DownloadError, match="ended after 1000 of 300000 bytes"):
         get(tmp_path, mirror.address)
-    assert len(mirror.log) == fetch.ATTEMPTS
+    assert len(mirror.log) == attempts.ATTEMPTS
 
 
 def test_a_length_that_is_not_announced_is_no_reason_to_refuse(make_mirror: Make, tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_a_length_that_is_not_announced_is_no_reason_to_refuse(make_mirror: Make
 def test_the_next_address_goes_on_with_the_bytes_of_the_first(
     make_mirror: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fetch, "ATTEMPTS", 1)
+    monkeypatch.setattr(attempts, "ATTEMPTS", 1)
     first, second = make_mirror(f=GOOD), make_mirror(f=GOOD)
     first.faults("truncate", at=100_000)
     assert get(tmp_path, first.address, second.address) == GOOD
@@ -337,7 +337,7 @@ def test_a_reset_loses_only_what_was_on_its_way(make_mirror: Make, tmp_path: Pat
 def test_a_server_that_stalls_is_asked_again(
     make_mirror: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fetch, "TIMEOUT", 0.2)
+    monkeypatch.setattr(http, "TIMEOUT", 0.2)
     mirror = make_mirror(f=GOOD)
     mirror.faults("slow", seconds=1)
     assert get(tmp_path, mirror.address) == GOOD
@@ -348,17 +348,17 @@ def test_a_server_that_stalls_is_asked_again(
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The pauses between attempts, which are not made."""
     made: list[float] = []
-    monkeypatch.setattr(fetch.time, "sleep", made.append)
+    monkeypatch.setattr(attempts.time, "sleep", made.append)
     return made
 
 
 def test_pauses_double_vary_and_end(make_mirror: Make, tmp_path: Path, pauses: list[float]) -> None:
     mirror = make_mirror(f=GOOD)
     mirror.faults(503, math.inf)
-    with pytest.raises(published.DownloadError, match=rf"/f: HTTP 503 .* \({fetch.ATTEMPTS} attempts\)"):
+    with pytest.raises(published.DownloadError, match=rf"/f: HTTP 503 .* \({attempts.ATTEMPTS} attempts\)"):
         get(tmp_path, mirror.address)
-    assert len(mirror.log) == len(pauses) + 1 == fetch.ATTEMPTS
-    relative = [pause / fetch.DELAY / 2**number for number, pause in enumerate(pauses)]
+    assert len(mirror.log) == len(pauses) + 1 == attempts.ATTEMPTS
+    relative = [pause / attempts.DELAY / 2**number for number, pause in enumerate(pauses)]
     assert 0.5 <= min(relative) < max(relative) <= 1
 
 
@@ -381,7 +381,7 @@ def test_a_pause_that_is_too_long_is_a_refusal_and_nonsense_is_none(
     mirror.faults(503, retry_after=retry_after)
     if retry_after == "tomorrow":
         assert get(tmp_path, mirror.address) == GOOD
-        assert max(pauses) <= fetch.DELAY
+        assert max(pauses) <= attempts.DELAY
     else:
         with pytest.raises(published.DownloadError, match=r"HTTP 503 .* clients to wait 86400 s"):
             get(tmp_path, mirror.address)

@@ -1,0 +1,109 @@
+"""Copies image stores to and from `data.remote`, an s3:// address; the home is a cache of those used here.
+
+<remote>/stores/<fingerprint>/      a store is there once its manifest is
+<remote>/stores/index/<key>.json    which input gave which store
+"""
+
+import fcntl
+import json
+import logging
+import math
+import os
+import time
+from pathlib import Path
+
+from dcgan import mirror, storage
+from dcgan.remote import Remote
+
+log = logging.getLogger(__name__)
+
+_used: dict[Path, int] = {}  # stores used by this process, each with the descriptor that holds its lock
+
+
+def push_store(home: Path, url: str, fingerprint: str) -> None:
+    """Copy a store to the remote, whole or not at all; an interrupted copy is resumed.
+
+    Raises RemoteError; the store does not count as being there then.
+    """
+    remote, at = Remote(url), f"stores/{fingerprint}"
+    mirror.push(
+        remote, home / at, at, remote.sizes(at)
+    )  # named by its content: a file of the right length is the right one
+
+
+def pull_store(home: Path, url: str, fingerprint: str, cache_gb: float) -> bool:
+    """Copy a store from the remote into the home, file by file, each verified; False if it is not there.
+
+    An interrupted copy is resumed. If all stores would exceed `cache_gb`, those that the remote also has and that are
+    not in use are removed first, the longest unused before others. Raises RemoteError, CorruptError, or OSError if
+    there still is no room.
+    """
+    remote, stores = Remote(url), home / "stores"
+    lock = stores / "index" / f"{fingerprint}.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with storage.hold(lock, fingerprint, patience=math.inf):
+        return (stores / fingerprint).exists() or _pull_store(remote, stores, fingerprint, cache_gb)
+
+
+def _pull_store(remote: Remote, stores: Path, fingerprint: str, cache_gb: float) -> bool:
+    manifest = remote.read(f"stores/{fingerprint}/{storage.MANIFEST}")
+    if manifest is None:
+        return False
+    if storage.digest(manifest) != fingerprint:
+        raise storage.CorruptError(
+            f"{remote.url}/stores/{fingerprint}/{storage.MANIFEST} is corrupt: its hash is not its name"
+        )
+    _make_room(remote, stores, sum(entry["bytes"] for entry in json.loads(manifest)["files"].values()), cache_gb)
+    mirror.pull(remote, f"stores/{fingerprint}", stores / fingerprint, manifest)
+    return True
+
+
+def use(store: Path) -> None:
+    """Record that a store is used now, and keep this host's processes from removing it until this one ends."""
+    now = time.time_ns()  # finer than the kernel's own clock for files, which ticks every few milliseconds
+    os.utime(store, ns=(now, now))
+    if store not in _used:
+        _used[store] = os.open(store / storage.MANIFEST, os.O_RDONLY)
+        fcntl.flock(_used[store], fcntl.LOCK_SH)
+
+
+def _is_used(store: Path) -> bool:
+    with (store / storage.MANIFEST).open() as manifest:
+        try:
+            fcntl.flock(manifest, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def _make_room(remote: Remote, stores: Path, needed: int, cache_gb: float) -> None:
+    limit = cache_gb * 1e9
+    if needed > limit:
+        raise OSError(f"data.cache_gb={cache_gb:g} is too little for a store of {needed / 1e9:.2f} GB")
+    there = sorted(
+        (path.parent for path in stores.glob(f"*/{storage.MANIFEST}")), key=lambda path: path.stat().st_mtime
+    )
+    sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in there}
+    for path in there:
+        if sum(sizes.values()) + needed <= limit:
+            return
+        if not _is_used(path) and remote.read(f"stores/{path.name}/{storage.MANIFEST}") is not None:
+            log.info("removing the copy of image store %s to make room: %s keeps it", path.name, remote.url)
+            storage.discard(path)
+            sizes.pop(path)
+    if sum(sizes.values()) + needed > limit:
+        raise OSError(
+            f"{stores} holds {sum(sizes.values()) / 1e9:.2f} GB of image stores that are in use, or that {remote.url} "
+            f"does not have; with {needed / 1e9:.2f} GB more that is over data.cache_gb={cache_gb:g}"
+        )
+
+
+def read_index(url: str, key: str) -> str | None:
+    """The fingerprint of the store that an input gave, wherever it was ingested."""
+    content = Remote(url).read(f"stores/index/{key}.json")
+    return None if content is None else str(json.loads(content)["fingerprint"])
+
+
+def write_index(url: str, key: str, index: Path) -> None:
+    """Tell the remote which store an input gave; called after the store is there."""
+    Remote(url).write(f"stores/index/{key}.json", index.read_bytes())
