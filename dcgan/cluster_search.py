@@ -1,4 +1,4 @@
-"""Runs the trials of a random search with Ray Tune: one function, many settings, each result kept. See cluster.py."""
+"""Runs the trials of a random search with Ray Tune: one function, many settings, each result kept."""
 
 import json
 import logging

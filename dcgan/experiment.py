@@ -1,6 +1,7 @@
-"""`Experiment`, the one typed, frozen description of a run, which `config.py` builds; a function takes its section.
+"""`Experiment`, the one typed, frozen description of a run, which `config.py` builds.
 
-`settings.py` says what each key means. Here is what depends on two sections, or on which data set it is.
+A function takes only the section it uses; `settings.py` says what each key means. Here is what depends on two sections,
+or on which data set it is.
 """
 
 import json

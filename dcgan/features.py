@@ -126,7 +126,9 @@ def _extract(run: Run, maker: Maker) -> None:
     store, directory = run.store(), checkpoint.chosen(run)
     generator, trained, _ = checkpoint.load_nets(directory)
     model, seed = run.experiment.model, run.experiment.train.seed
-    _, random = models.build(model, store.channels, len(store.classes), store.size, seed)  # as before training
+    _, random = models.build(
+        model, store.channels, len(store.classes), store.size, seed
+    )  # the control: as before training
     wanted = {"discriminator": (trained, int(directory.name)), "random_init": (random, 0)}
     for source, (net, step) in wanted.items():
         bank, exported, weights = bank_of(run, source, step), None, None

@@ -1,4 +1,4 @@
-"""Copies sealed directories to and from `data.remote`: a copy is there once its manifest, written last, is."""
+"""Copies sealed directories (image stores, checkpoints) to and from `data.remote`, the manifest last."""
 
 import json
 import logging

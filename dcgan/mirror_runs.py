@@ -1,4 +1,4 @@
-"""Copies runs to and from `data.remote`, an s3:// address, while they are trained and whenever they are opened.
+"""Copies runs from `data.remote`, an s3:// address, when they are looked up, and to it while they change.
 
 <remote>/runs/<name>/    all of a run except its features, which are made again from a checkpoint
 """

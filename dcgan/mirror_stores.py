@@ -26,9 +26,8 @@ def push_store(home: Path, url: str, fingerprint: str) -> None:
     Raises RemoteError; the store does not count as being there then.
     """
     remote, at = Remote(url), f"stores/{fingerprint}"
-    mirror.push(
-        remote, home / at, at, remote.sizes(at)
-    )  # named by its content: a file of the right length is the right one
+    # It is named by its content: a file of the right length is the right one.
+    mirror.push(remote, home / at, at, remote.sizes(at))
 
 
 def pull_store(home: Path, url: str, fingerprint: str, cache_gb: float) -> bool:

@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 ATTEMPTS = 6  # waits of 1/2, 1, 2, 4 and 8 s between them, with jitter: a server that restarts is back by then
 FIRST_WAIT = 0.5  # seconds
 THREADS = 8  # transfers at once
+CONNECTIONS = 16  # s3fs sends a long file in several parts at once
 PIECE = 2**23  # bytes of a download in memory
 REFUSALS = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError)  # another try would not help
 R = TypeVar("R")
@@ -49,7 +50,7 @@ class Remote:
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
-        self._fs = filesystem(THREADS)
+        self._fs = filesystem(CONNECTIONS)
 
     def _at(self, path: str) -> str:
         return f"{self.url}/{path}".removeprefix("s3://")
@@ -181,7 +182,7 @@ def _aside(file: Path) -> Iterator[Any]:
 
 
 def faults() -> tuple[type[Exception], ...]:
-    """The network and server failures that s3fs raises, those of three libraries unwrapped."""
+    """The network and server failures of an S3 client: OSError, and what aiohttp and botocore raise, unwrapped."""
     import aiohttp
     from botocore.exceptions import BotoCoreError, ClientError
 

@@ -55,14 +55,14 @@ def write(run: Run) -> Path:
     """Write report.html into the run and return its path. Works at any stage: what is not there yet is left out."""
     import jinja2
 
-    environment = jinja2.Environment(
+    templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    html = environment.get_template("report.html.j2").render(_content(run))
+    html = templates.get_template("report.html.j2").render(_content(run))
     path = run.path / "report.html"
     storage.write_bytes(path, html.encode())
     return path

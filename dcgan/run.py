@@ -25,7 +25,7 @@ from dcgan import storage
 from dcgan.config import Experiment, digest, validate
 from dcgan.data.store import Store
 
-Progress = Callable[[dict[str, Any]], None]
+Report = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def watched(run: Run, report: Progress | None) -> Iterator[None]:
+def watched(run: Run, report: Report | None) -> Iterator[None]:
     """Call `report` with each new line of metrics.jsonl, once a second, from a thread."""
     if report is None:
         yield

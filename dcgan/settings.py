@@ -1,4 +1,4 @@
-"""The sections of an experiment: every setting, its default, meaning and bounds. `config.py` combines them."""
+"""The sections of an experiment: every setting, its default, meaning and bounds. `experiment.py` combines them."""
 
 import os
 import re

@@ -15,7 +15,7 @@ import numpy as np
 from dcgan import storage
 from dcgan.config import Data, Experiment, Protocol
 from dcgan.data.store import Store
-from dcgan.run import Progress, Run, read_lines, watched
+from dcgan.run import Report, Run, read_lines, watched
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def _by_ray(home: Path) -> Callable[[Callable[[Any], Any], Sequence[Any]], Itera
     return make
 
 
-def train(run: Run, progress: Progress | None = None) -> bool:
+def train(run: Run, progress: Report | None = None) -> bool:
     """Train the run to its last step, from the newest checkpoint; `progress` gets each metrics line as it appears.
 
     Returns whether there was a step left to train.
@@ -105,7 +105,7 @@ def train(run: Run, progress: Progress | None = None) -> bool:
     return True
 
 
-def _train(run: Run, progress: Progress | None) -> None:
+def _train(run: Run, progress: Report | None) -> None:
     from dcgan import mirror_runs, preemption, tracking
 
     with (

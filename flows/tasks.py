@@ -17,7 +17,7 @@ from prefect.client.schemas.objects import State, TaskRun
 
 from dcgan import config, stages, tables
 from dcgan.config import Protocol
-from dcgan.data.sources.published import DownloadError
+from dcgan.data.sources.attempts import DownloadError
 from dcgan.remote import RemoteError
 from dcgan.run import Run
 

@@ -22,7 +22,7 @@ import pytest
 from fabricated import write_store
 
 from dcgan.config import build
-from dcgan.data import publish, store
+from dcgan.data import store
 from dcgan.data.ingest import ingest
 
 # No test times anything: an example on a busy machine may take as long as it takes.
@@ -76,5 +76,5 @@ def _make_store(
         ]
         for split, count in (("train", train), ("test", test))
     }
-    description = publish.Description("random", names, size, channels, "none")
-    return write_store(home, description, splits, [publish.SourceFile("random", 0, "00")])
+    description = store.Description("random", names, size, channels, "none")
+    return write_store(home, description, splits, [store.SourceFile("random", 0, "00")])

@@ -13,10 +13,9 @@ from dcgan import checkpoint, models, pictures, storage
 from dcgan.config import build
 from dcgan.data import shards
 from dcgan.data.ingest import assemble
-from dcgan.data.publish import Description, SourceFile
 from dcgan.data.records import Pixels
 from dcgan.data.sources.base import Opened
-from dcgan.data.store import Store
+from dcgan.data.store import Description, SourceFile, Store
 from dcgan.distributed import Place
 from dcgan.run import Run
 from dcgan.step import Game

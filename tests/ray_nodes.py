@@ -22,9 +22,8 @@ from unittest import mock
 
 from dcgan import cluster_session
 
-RECONNECT = {
-    "RAY_gcs_rpc_server_reconnect_timeout_s": "20"
-}  # so that nothing outlives the head; see cluster_session.py
+# So that nothing outlives the head; see cluster_session.py.
+RECONNECT = {"RAY_gcs_rpc_server_reconnect_timeout_s": "20"}
 STARTUP = 180  # seconds; ten on an idle machine
 # `ray start`, ended with all that it started by the end of its input: tests that are killed leave none behind.
 START = """

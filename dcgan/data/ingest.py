@@ -68,7 +68,7 @@ def ingest(data: Data, home: Path, verify: bool = False, maker: Maker = by_threa
         _copy_known(data, home, key, index)
     if fingerprint := _known(index, home, verify):
         if data.remote:
-            _publish(data.remote, home, fingerprint, key, index)
+            _copy(data.remote, home, fingerprint, key, index)
         return fingerprint
     given["settings"] = {name: value for name, value in settings.items() if name != "unreadable"}  # shards serve both
     with _working(home, _digest(given)) as directory:
@@ -79,7 +79,7 @@ def ingest(data: Data, home: Path, verify: bool = False, maker: Maker = by_threa
     storage.write_json(index, {"fingerprint": fingerprint})
     log.info("%s: image store %s", data.name, fingerprint)
     if data.remote:
-        _publish(data.remote, home, fingerprint, key, index)
+        _copy(data.remote, home, fingerprint, key, index)
     return fingerprint
 
 
@@ -100,7 +100,7 @@ def _copy_known(data: Data, home: Path, key: str, index: Path) -> None:
         storage.write_json(index, {"fingerprint": fingerprint})
 
 
-def _publish(remote: str, home: Path, fingerprint: str, key: str, index: Path) -> None:
+def _copy(remote: str, home: Path, fingerprint: str, key: str, index: Path) -> None:
     from dcgan import mirror_stores
 
     mirror_stores.push_store(home, remote, fingerprint)

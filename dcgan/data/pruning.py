@@ -61,9 +61,9 @@ def _rewrite(job: Job, record: dict[str, Any], keep: np.ndarray) -> None:
     storage.write_json(job.record, record | {"pruned": True})
 
 
-def sheet(shards: Sequence[np.ndarray], groups: Sequence[Sequence[int]], most: int) -> np.ndarray:
+def sheet(arrays: Sequence[np.ndarray], groups: Sequence[Sequence[int]], most: int) -> np.ndarray:
     """A picture of up to `most` groups, a row for the first SHOWN images of each: uint8 (H', W') or (H', W', 3)."""
-    images = dedup.Images(shards)
+    images = dedup.Images(arrays)
     cells = np.full((min(most, len(groups)) * SHOWN, *images.shape), 255, np.uint8)
     for row, group in enumerate(groups[:most]):
         shown = np.array(group[:SHOWN])

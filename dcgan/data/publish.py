@@ -6,45 +6,17 @@ import os
 import secrets
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from dcgan import storage
-from dcgan.data.store import Store
+from dcgan.data.store import Description, SourceFile, Store
 
 log = logging.getLogger(__name__)
 UNPUBLISHED = "store"  # in a working directory: what will be renamed into `stores`
-
-
-@dataclass(frozen=True)
-class SourceFile:
-    """One file that a data set came from; for a tree of images, the whole tree as one entry."""
-
-    name: str
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class Description:
-    """What a store holds, before its images are known.
-
-    classes: names by label, empty where images have no label. size: pixels per side. channels: 1 or 3.
-    transform: in words, how a source image became a stored one. training: the splits that a GAN is trained on.
-    superclasses, superclass_of: names, and the one that each class belongs to; empty where there are none.
-    """
-
-    dataset: str
-    classes: tuple[str, ...]
-    size: int
-    channels: int
-    transform: str
-    training: tuple[str, ...] = ("train",)
-    superclasses: tuple[str, ...] = ()
-    superclass_of: tuple[int, ...] = ()
 
 
 class _Hashed:

@@ -1,6 +1,5 @@
 """The image store: uint8 shards, labels and a manifest, named by the manifest's own hash."""
 
-import logging
 import re
 import resource
 from collections.abc import Sequence
@@ -12,7 +11,33 @@ import numpy as np
 
 from dcgan import storage
 
-log = logging.getLogger(__name__)
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file that a data set came from; for a tree of images, the whole tree as one entry."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a store holds, before its images are known.
+
+    classes: names by label, empty where images have no label. size: pixels per side. channels: 1 or 3.
+    transform: in words, how a source image became a stored one. training: the splits that a GAN is trained on.
+    superclasses, superclass_of: names, and the one that each class belongs to; empty where there are none.
+    """
+
+    dataset: str
+    classes: tuple[str, ...]
+    size: int
+    channels: int
+    transform: str
+    training: tuple[str, ...] = ("train",)
+    superclasses: tuple[str, ...] = ()
+    superclass_of: tuple[int, ...] = ()
 
 
 def mapped(shards: Sequence[Path]) -> list[np.memmap]:

@@ -137,7 +137,7 @@ def compare_inputs(size: int, count: int, device: torch.device, pairs: int, bloc
     The DataLoader's processes are stopped while it is our turn, so that they load for the eager loop in its own time.
     """
     from dcgan.data.batches import Batches
-    from dcgan.data.publish import Description
+    from dcgan.data.store import Description
 
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from fabricated import write_store

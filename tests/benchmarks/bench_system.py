@@ -34,7 +34,7 @@ from dcgan import checkpoint, keeper, memory, models, train
 from dcgan import stages as pipeline
 from dcgan.config import Experiment, validate
 from dcgan.data.batches import Batches
-from dcgan.data.publish import Description
+from dcgan.data.store import Description, Store
 from dcgan.distributed import Place
 from dcgan.player import Player
 from dcgan.run import Run
@@ -66,8 +66,6 @@ def experiment(home: Path, size: int, steps: int, seed: int, device: str) -> Exp
 
 
 def open_run(home: Path, size: int, steps: int, seed: int, device: str) -> Run:
-    from dcgan.data.store import Store
-
     store = Store.open(home, next(path.name for path in (home / "stores").iterdir() if len(path.name) == 16))
     return Run.create(experiment(home, size, steps, seed, device), store)
 

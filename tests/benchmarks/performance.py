@@ -17,10 +17,9 @@ import bench_system
 import matplotlib.pyplot as plt
 import torch
 
-from dcgan import storage
+from dcgan import environment, storage
 from dcgan.config import Train
 from dcgan.numerics import numerics
-from dcgan.summary import environment
 
 BEGIN, END = "<!-- measured: written by `make bench`, changed by hand in vain -->", "<!-- end of measured -->"
 WORKERS = "ray::RayTrainWorker", "ray::_Worker"  # what Ray calls a worker's process, until eac9029 and since
@@ -29,12 +28,12 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 def measure(device: torch.device, sizes: list[int], pairs: int, steps: int) -> dict[str, Any]:
     """All that the page shows of one machine. `steps`: of a run with the whole system around it; 0 leaves it out."""
-    around = environment()
+    around = environment.describe()
     chosen = numerics(Train(steps=1), device)
     found: dict[str, Any] = {
         "hardware": around["gpu"][0] if device.type == "cuda" else around["cpu"],
         "torch": torch.__version__,
-        "commit": around["git_commit"][:12] + (" (changed)" if around["git_changed"] else ""),
+        "commit": environment.commit_of(around),
         "date": datetime.now(UTC).date().isoformat(),
         "numerics": f"{chosen.dtype}, {chosen.memory_format}".replace("torch.", ""),
         "product": bench_step.peak(chosen.dtype, device),

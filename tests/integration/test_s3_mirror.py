@@ -84,7 +84,7 @@ def stop_after_two_pieces(store: s3.Store, folder: Path, monkeypatch: pytest.Mon
     store.faults("truncate", math.inf, at=1000)
     with monkeypatch.context() as patch:
         patch.setattr(attempts, "ATTEMPTS", 1)
-        with pytest.raises(published.DownloadError, match=r"s3://bucket/m/f: .*"):
+        with pytest.raises(attempts.DownloadError, match=r"s3://bucket/m/f: .*"):
             get(store, "bucket/m", folder)
     assert (folder / "f.part").stat().st_size == 2 * PIECE
     store.clear()
@@ -107,7 +107,7 @@ def test_a_part_of_another_version_is_not_continued(
 
 @pytest.mark.parametrize("path", ["bucket/nothing", "nowhere/m"])
 def test_what_is_not_there_is_refused_at_once(store: s3.Store, tmp_path: Path, path: str) -> None:
-    with pytest.raises(published.DownloadError, match=f"s3://{path}/f: Not Found"):
+    with pytest.raises(attempts.DownloadError, match=f"s3://{path}/f: Not Found"):
         get(store, path, tmp_path)
     assert len(store.log) == 1
     assert list(tmp_path.iterdir()) == []
@@ -116,7 +116,7 @@ def test_what_is_not_there_is_refused_at_once(store: s3.Store, tmp_path: Path, p
 def test_a_server_that_stays_broken_is_given_up(store: s3.Store, tmp_path: Path) -> None:
     store.put("bucket/m/f", GOOD)
     store.faults(503, math.inf, method="HEAD")
-    with pytest.raises(published.DownloadError, match=rf"s3://bucket/m/f: .*\({attempts.ATTEMPTS} attempts\)"):
+    with pytest.raises(attempts.DownloadError, match=rf"s3://bucket/m/f: .*\({attempts.ATTEMPTS} attempts\)"):
         get(store, "bucket/m", tmp_path)
     assert len(store.log) == attempts.ATTEMPTS
 
@@ -124,7 +124,7 @@ def test_a_server_that_stays_broken_is_given_up(store: s3.Store, tmp_path: Path)
 def test_missing_credentials_are_said_at_once(store: s3.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-    with pytest.raises(published.DownloadError, match=r"s3://bucket/m/f: Unable to locate credentials$"):
+    with pytest.raises(attempts.DownloadError, match=r"s3://bucket/m/f: Unable to locate credentials$"):
         get(store, "bucket/m", tmp_path)
     assert store.log == []
 
@@ -221,7 +221,7 @@ def test_a_staging_that_failed_leaves_whole_files_and_goes_on(store: s3.Store, t
     root = published.tree(given(store, tree), tmp_path)
     (root / "d.txt").unlink()
     store.faults("truncate", math.inf, contains="d.txt", at=1000)
-    with pytest.raises(published.DownloadError, match=rf"s3://{re.escape(tree)}: .*\({attempts.ATTEMPTS} attempts\)"):
+    with pytest.raises(attempts.DownloadError, match=rf"s3://{re.escape(tree)}: .*\({attempts.ATTEMPTS} attempts\)"):
         published.tree(given(store, tree), tmp_path)
     assert content(root) == {name: raw for name, raw in TREE.items() if name != "d.txt"}
     with pytest.raises(FileNotFoundError, match=f"{re.escape(str(root))} is not complete, and data.offline=true"):
@@ -252,7 +252,7 @@ def test_a_large_file_of_a_tree_goes_on_where_it_was_given_up(
 
     with monkeypatch.context() as patch:
         patch.setattr(source.Bucket, "pieces", faulty)
-        with pytest.raises(published.DownloadError, match="a fault"):
+        with pytest.raises(attempts.DownloadError, match="a fault"):
             published.tree(given(store, tree), tmp_path)
     assert asked == [0, -1, PIECE, -1, -1]
     store.clear()
@@ -295,7 +295,7 @@ def test_an_object_that_shrinks_after_it_was_listed_is_not_taken(
 
     with monkeypatch.context() as patch:
         patch.setattr(source.Bucket, "page", page)
-        with pytest.raises(published.DownloadError, match=r"1 of 10 bytes received"):
+        with pytest.raises(attempts.DownloadError, match=r"1 of 10 bytes received"):
             published.tree(given(store, tree), tmp_path)
     assert content(published.tree(given(store, tree), tmp_path)) == TREE | {"n01/a.jpg": b"a"}
 
@@ -323,7 +323,7 @@ def test_a_tree_with_files_that_could_not_be_removed_is_not_complete(
 def test_an_address_with_nothing_below_it_is_refused(store: s3.Store, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"data\.source=s3://bucket/nothing has no objects below it"):
         published.tree(given(store, "bucket/nothing"), tmp_path)
-    with pytest.raises(published.DownloadError, match=r"s3://nowhere/x: The specified bucket does not exist"):
+    with pytest.raises(attempts.DownloadError, match=r"s3://nowhere/x: The specified bucket does not exist"):
         published.tree(given(store, "nowhere/x"), tmp_path)
 
 

@@ -127,10 +127,10 @@ def test_a_server_that_restarts_ends_no_flow_run() -> None:
 def test_heartbeat_is_frequent_enough_for_the_automation() -> None:
     """Of every flow run that its server sees: also those of `make run`, which shares the server's database."""
     automation = yaml.safe_load((ROOT / "infra" / "zombies.json").read_text())
-    makefile, local = (ROOT / "Makefile").read_text(), (ROOT / "infra" / "services.py").read_text()
+    makefile, services = (ROOT / "Makefile").read_text(), (ROOT / "infra" / "services.py").read_text()
     found = [
         re.search(r"^export PREFECT_FLOWS_HEARTBEAT_FREQUENCY = (\d+)$", makefile, re.MULTILINE),
-        re.search(r'^ +"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "(\d+)"', local, re.MULTILINE),
+        re.search(r'^ +"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "(\d+)"', services, re.MULTILINE),
     ]
     for each in found:
         assert each

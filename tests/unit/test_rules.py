@@ -1,6 +1,7 @@
 """The rules of the code base that a reviewer would have to remember: who imports what, and what nobody does."""
 
 import ast
+import importlib
 import os
 import re
 import subprocess
@@ -12,6 +13,7 @@ from graphlib import TopologicalSorter
 from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 from itertools import product
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from packaging.requirements import Requirement
@@ -289,6 +291,23 @@ def test_every_benchmark_finds_what_it_imports(tmp_path: Path) -> None:
     scripts = sorted(file.stem for file in ROOT.glob("tests/benchmarks/*.py"))
     assert "bench_step" in scripts
     python(SCRIPTS, str(ROOT / "tests" / "benchmarks"), *scripts, cwd=tmp_path)
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("tests/**/*.py")), ids=lambda file: file.stem)
+def test_what_the_tests_use_of_ours_exists(file: Path) -> None:
+    """Nothing else checks the names in a benchmark, which is run by hand."""
+    modules = {}
+    for node in ast.walk(tree(file)):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "dcgan":
+            for alias in node.names:
+                if f"{node.module}.{alias.name}" in MODULES:
+                    modules[alias.asname or alias.name] = importlib.import_module(f"{node.module}.{alias.name}")
+                else:
+                    found = getattr(importlib.import_module(node.module), alias.name)
+                    assert not isinstance(found, ModuleType), f"{node.module} only imports {alias.name} itself"
+    for node in ast.walk(tree(file)):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
+            assert hasattr(modules[node.value.id], node.attr), f"line {node.lineno}: {ast.unparse(node)}"
 
 
 def heavy_modules() -> set[str]:

@@ -13,8 +13,7 @@ from fabricated import save, write_store
 
 from dcgan import environment, scoring, stages, storage
 from dcgan.config import build, override
-from dcgan.data.publish import Description
-from dcgan.data.store import Store
+from dcgan.data.store import Description, Store
 from dcgan.evaluate import EVALUATORS, samples
 from dcgan.run import Run
 

@@ -3,7 +3,7 @@
 import pytest
 from prefect.states import Failed
 
-from dcgan.data.sources.published import DownloadError
+from dcgan.data.sources.attempts import DownloadError
 from dcgan.remote import RemoteError
 from flows import tasks
 

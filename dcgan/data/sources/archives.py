@@ -17,9 +17,9 @@ from typing import BinaryIO, NamedTuple
 
 from dcgan import storage
 from dcgan.config import Data, default_home
-from dcgan.data.publish import SourceFile
 from dcgan.data.records import Entry
 from dcgan.data.sources import published
+from dcgan.data.store import SourceFile
 
 EXTENSIONS = frozenset({".jpeg", ".jpg"})  # of ImageNet's images, all of them JPEG by name; a few hold PNG or CMYK
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip member: signature, ..., length of its name, of its extra field

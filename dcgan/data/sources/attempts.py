@@ -1,6 +1,6 @@
-"""Attempts at something on the network, repeated after ever longer pauses.
+"""Attempts at something on the network, repeated after ever longer pauses; what one answers, and how it fails.
 
-They fail in two ways: Interrupted is worth another attempt, Refused is not.
+Interrupted is worth another attempt, Refused is not; DownloadError is what users see in the end.
 """
 
 import logging
@@ -31,6 +31,17 @@ class Interrupted(Exception):  # noqa: N818
     def __init__(self, message: str, wait: float = 0.0) -> None:
         super().__init__(message)
         self.wait = wait
+
+
+class DownloadError(OSError):
+    """No address gave the published file; the message names each address and what was wrong.
+
+    transient: whether one of them may give it later.
+    """
+
+    def __init__(self, message: str, transient: bool = False) -> None:
+        super().__init__(message)
+        self.transient = transient
 
 
 def persist(action: Callable[[], T], name: str, reached: Callable[[], int] = lambda: 0) -> T:
@@ -65,14 +76,3 @@ class Answer(NamedTuple):
     version: Version
     offset: int
     pieces: Iterator[bytes]
-
-
-class DownloadError(OSError):
-    """No address gave the published file; the message names each address and what was wrong.
-
-    transient: whether one of them may give it later.
-    """
-
-    def __init__(self, message: str, transient: bool = False) -> None:
-        super().__init__(message)
-        self.transient = transient

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dcgan.config import Data
-from dcgan.data.publish import Description, SourceFile
 from dcgan.data.records import Records
+from dcgan.data.store import Description, SourceFile
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from typing import Any
 
 from dcgan.config import Data
 from dcgan.data.decode import TRANSFORM
-from dcgan.data.publish import Description
 from dcgan.data.records import Files
 from dcgan.data.sources import archives, published
 from dcgan.data.sources.archives import Member
 from dcgan.data.sources.base import Opened
+from dcgan.data.store import Description
 
 PAGE = "http://mmlab.ie.cuhk.edu.hk/projects/CelebA.html"
 ARCHIVE, ARCHIVE_MD5 = "img_align_celeba.zip", "00d2c5bc6d35e252742224ab0c1e8fcb"

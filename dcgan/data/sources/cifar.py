@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dcgan.config import Data
-from dcgan.data.publish import SourceFile
 from dcgan.data.sources import pickles, published
+from dcgan.data.store import SourceFile
 
 ADDRESSES = ("https://www.cs.toronto.edu/~kriz",)
 

@@ -7,10 +7,10 @@ import numpy as np
 
 from dcgan.config import Data
 from dcgan.data.decode import TRANSFORM
-from dcgan.data.publish import Description
 from dcgan.data.records import Pixels
 from dcgan.data.sources import cifar, published
 from dcgan.data.sources.base import Opened
+from dcgan.data.store import Description
 
 ARCHIVE, ARCHIVE_MD5 = "cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a"
 FOLDER = "cifar-10-batches-py"

@@ -11,10 +11,10 @@ import numpy as np
 
 from dcgan.config import Data
 from dcgan.data.decode import TRANSFORM
-from dcgan.data.publish import Description
 from dcgan.data.records import Pixels
 from dcgan.data.sources import cifar, published
 from dcgan.data.sources.base import Opened
+from dcgan.data.store import Description
 
 ARCHIVE, ARCHIVE_MD5 = "cifar-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85"
 FOLDER = "cifar-100-python"

@@ -9,9 +9,9 @@ import numpy as np
 
 from dcgan.config import Data
 from dcgan.data.decode import TRANSFORM
-from dcgan.data.publish import Description, SourceFile
 from dcgan.data.records import Pixels
 from dcgan.data.sources.base import Opened, held_out, require_both
+from dcgan.data.store import Description, SourceFile
 
 
 def signature(data: Data) -> Any:

@@ -19,10 +19,10 @@ from typing import Any
 
 from dcgan.config import Data
 from dcgan.data.decode import TRANSFORM
-from dcgan.data.publish import Description, SourceFile
 from dcgan.data.records import PACKED, PREFIX, Block, Tree, batched, pack, unpack
 from dcgan.data.sources import archives
 from dcgan.data.sources.base import Opened, held_out, require_both
+from dcgan.data.store import Description, SourceFile
 
 log = logging.getLogger(__name__)
 

@@ -17,11 +17,11 @@ from typing import Any
 
 from dcgan.config import Data
 from dcgan.data.decode import TRANSFORM
-from dcgan.data.publish import Description
 from dcgan.data.records import Files
 from dcgan.data.sources import archives, published
 from dcgan.data.sources.archives import Member
 from dcgan.data.sources.base import Opened
+from dcgan.data.store import Description
 
 log = logging.getLogger(__name__)
 

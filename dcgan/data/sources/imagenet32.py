@@ -24,10 +24,10 @@ import numpy as np
 from dcgan import storage
 from dcgan.config import Data
 from dcgan.data.decode import TRANSFORM
-from dcgan.data.publish import Description, SourceFile
 from dcgan.data.records import Item
 from dcgan.data.sources import archives, pickles, published
 from dcgan.data.sources.base import Opened
+from dcgan.data.store import Description, SourceFile
 
 PAGE = "https://image-net.org/download-images.php"
 ARCHIVES = {"train": "Imagenet32_train.zip", "test": "Imagenet32_val.zip"}

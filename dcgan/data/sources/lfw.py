@@ -16,12 +16,12 @@ from typing import Any
 from dcgan import storage
 from dcgan.config import Data
 from dcgan.data.decode import TRANSFORM
-from dcgan.data.publish import Description
 from dcgan.data.records import Entry, Files
 from dcgan.data.sources import archives, published
 from dcgan.data.sources.archives import Member
 from dcgan.data.sources.attempts import DownloadError
 from dcgan.data.sources.base import Opened, held_out, require_both
+from dcgan.data.store import Description
 
 ADDRESSES = ("http://vis-www.cs.umass.edu/lfw",)
 ARCHIVE, ARCHIVE_MD5 = "lfw-deepfunneled.tgz", "68331da3eb755a505a502b5aacb3c201"

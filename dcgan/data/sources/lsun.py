@@ -16,10 +16,10 @@ from typing import Any
 from dcgan import storage
 from dcgan.config import Data
 from dcgan.data.decode import TRANSFORM
-from dcgan.data.publish import Description, SourceFile
 from dcgan.data.sources import lmdbs, published
 from dcgan.data.sources.base import Opened
 from dcgan.data.sources.lmdbs import FILE
+from dcgan.data.store import Description, SourceFile
 
 log = logging.getLogger(__name__)
 

@@ -13,10 +13,10 @@ import numpy as np
 
 from dcgan.config import Data
 from dcgan.data.decode import TRANSFORM
-from dcgan.data.publish import Description, SourceFile
 from dcgan.data.records import Pixels
 from dcgan.data.sources import published
 from dcgan.data.sources.base import Opened
+from dcgan.data.store import Description, SourceFile
 
 ADDRESSES = ("https://ossci-datasets.s3.amazonaws.com/mnist", "http://yann.lecun.com/exdb/mnist")
 FILES = {

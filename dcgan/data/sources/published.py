@@ -15,12 +15,11 @@ from pathlib import Path
 
 from dcgan import storage
 from dcgan.config import Data
-from dcgan.data.publish import SourceFile
-from dcgan.data.sources import fetch as network
-from dcgan.data.sources.attempts import DownloadError as DownloadError
-from dcgan.data.sources.attempts import Interrupted, Refused, shown
+from dcgan.data.sources.attempts import DownloadError, Interrupted, Refused, shown
+from dcgan.data.sources.fetch import download
 from dcgan.data.sources.partial import GB, Partial, partial
 from dcgan.data.sources.tree import tree as tree
+from dcgan.data.store import SourceFile
 
 log = logging.getLogger(__name__)
 
@@ -177,7 +176,7 @@ def _try(url: str, part: Partial, digest: str) -> Refused | Interrupted | None:
     problem = ""
     for _ in range(ATTEMPTS):
         try:
-            network.download(url, part)
+            download(url, part)
         except (Refused, Interrupted) as error:
             return error
         if not (problem := _problem(part.path, digest)):

@@ -15,11 +15,11 @@ import numpy as np
 from dcgan import storage
 from dcgan.config import Data
 from dcgan.data.decode import TRANSFORM
-from dcgan.data.publish import Description
 from dcgan.data.records import Pixels
 from dcgan.data.sources import published
 from dcgan.data.sources.base import Opened
 from dcgan.data.sources.partial import locked
+from dcgan.data.store import Description
 
 ADDRESSES = ("http://ai.stanford.edu/~acoates/stl10",)
 ARCHIVE, ARCHIVE_MD5 = "stl10_binary.tar.gz", "91f7769df0f17e558f3565bffb0c7dfb"

@@ -17,10 +17,10 @@ import numpy as np
 
 from dcgan.config import Data
 from dcgan.data.decode import TRANSFORM
-from dcgan.data.publish import Description
 from dcgan.data.records import Pixels
 from dcgan.data.sources import published
 from dcgan.data.sources.base import Opened
+from dcgan.data.store import Description
 
 ADDRESSES = ("http://ufldl.stanford.edu/housenumbers",)
 FILES = {

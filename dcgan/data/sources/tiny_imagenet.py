@@ -11,11 +11,11 @@ from typing import Any
 
 from dcgan.config import Data
 from dcgan.data.decode import TRANSFORM
-from dcgan.data.publish import Description
 from dcgan.data.records import Entry, Files
 from dcgan.data.sources import archives, published
 from dcgan.data.sources.archives import Member
 from dcgan.data.sources.base import Opened
+from dcgan.data.store import Description
 
 ADDRESSES = ("http://cs231n.stanford.edu",)
 FOLDER = "tiny-imagenet-200"

@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 
 from dcgan import storage
 from dcgan.data import shards
-from dcgan.data.publish import Description, SourceFile
 from dcgan.data.records import Item
-from dcgan.data.store import Store
+from dcgan.data.store import Description, SourceFile, Store
 
 LABELLED = Description("toy", ("a", "b", "c"), 4, 3, "none")
 BARE = Description("toy", (), 4, 1, "none")

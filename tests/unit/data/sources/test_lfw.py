@@ -18,7 +18,7 @@ from torchvision.transforms import v2
 from dcgan import storage
 from dcgan.config import Data
 from dcgan.data.ingest import ingest
-from dcgan.data.sources import SOURCES, lfw, published
+from dcgan.data.sources import SOURCES, attempts, lfw, published
 from dcgan.data.sources.base import held_out
 from dcgan.data.store import Store
 
@@ -196,7 +196,7 @@ def test_if_its_server_is_gone_the_refusal_says_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offline: bool
 ) -> None:
     def gone(*_: object) -> None:
-        raise published.DownloadError("no server answered")
+        raise attempts.DownloadError("no server answered")
 
     if not offline:
         monkeypatch.setattr(published, "fetch", gone)

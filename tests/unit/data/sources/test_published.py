@@ -60,7 +60,7 @@ def stop_halfway(mirror: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, at:
     mirror.faults("truncate", at=at)
     with monkeypatch.context() as patch:
         patch.setattr(attempts, "ATTEMPTS", 1)
-        with pytest.raises(published.DownloadError):
+        with pytest.raises(attempts.DownloadError):
             get(folder, mirror.address)
     assert names(folder) == ["f.part", "f.part.json"]
     assert (folder / "f.part").stat().st_size == at
@@ -212,7 +212,7 @@ def test_a_server_without_ranges_that_never_gets_to_the_end_is_given_up(make_mir
     mirror = make_mirror(f=GOOD)
     mirror.ranges = False
     mirror.faults("truncate", math.inf, at=1000)
-    with pytest.raises(published.DownloadError, match="ended after 1000 of 300000 bytes"):
+    with pytest.raises(attempts.DownloadError, match="ended after 1000 of 300000 bytes"):
         get(tmp_path, mirror.address)
     assert len(mirror.log) == attempts.ATTEMPTS
 
@@ -264,7 +264,7 @@ def test_a_wrong_digest_is_refused_by_address_and_file(make_mirror: Make, tmp_pa
     mirror = make_mirror(f=OTHER)
     found = hashlib.md5(OTHER).hexdigest()
     says = rf"{mirror.address}/f: f \(300000 bytes\) is not the published file: MD5 {found}, published {MD5}"
-    with pytest.raises(published.DownloadError, match=says):
+    with pytest.raises(attempts.DownloadError, match=says):
         get(tmp_path, mirror.address)
     assert len(mirror.log) == 2
     assert names(tmp_path) == []
@@ -278,10 +278,10 @@ def test_the_next_address_is_tried_at_once_and_all_are_named(make_mirror: Make, 
     assert len(refusing.log) == 1
     gone = "http://127.0.0.1:9"  # no listener
     says = rf"{refusing.address}/f: HTTP {status} .*; {gone}/f: .*refused"
-    with pytest.raises(published.DownloadError, match=says) as failed:
+    with pytest.raises(attempts.DownloadError, match=says) as failed:
         get(tmp_path, refusing.address, gone)
     assert failed.value.transient, "the second may be back later"
-    with pytest.raises(published.DownloadError) as failed:
+    with pytest.raises(attempts.DownloadError) as failed:
         get(tmp_path, refusing.address)
     assert not failed.value.transient
 
@@ -298,17 +298,17 @@ def test_credentials_are_sent_and_never_shown(
     mirror = make_mirror()
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password s@cret\ndefault login a password b\n")
-    with pytest.raises(published.DownloadError) as refused, caplog.at_level(logging.INFO):
+    with pytest.raises(attempts.DownloadError) as refused, caplog.at_level(logging.INFO):
         get(tmp_path / "d", mirror.address)
     assert mirror.log[0].headers["Authorization"] == "Basic bWU6c0BjcmV0"  # me:s@cret
     assert "cret" not in str(refused.value) + caplog.text
     before = len(mirror.log)
-    with pytest.raises(published.DownloadError):
+    with pytest.raises(attempts.DownloadError):
         get(tmp_path / "d", mirror.address.replace("127.0.0.1", "localhost"))
     assert len(mirror.log) > before
     assert all("Authorization" not in seen.headers for seen in mirror.log[before:]), "another host's password"
     (tmp_path / "netrc").write_text("machine 127.0.0.1\nlogin me s@cret")  # the keyword forgotten
-    with pytest.raises(published.DownloadError):
+    with pytest.raises(attempts.DownloadError):
         get(tmp_path / "d", mirror.address)
     assert "no password is known for 127.0.0.1: line 2 of" in caplog.text
     assert "cret" not in caplog.text
@@ -355,7 +355,7 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def test_pauses_double_vary_and_end(make_mirror: Make, tmp_path: Path, pauses: list[float]) -> None:
     mirror = make_mirror(f=GOOD)
     mirror.faults(503, math.inf)
-    with pytest.raises(published.DownloadError, match=rf"/f: HTTP 503 .* \({attempts.ATTEMPTS} attempts\)"):
+    with pytest.raises(attempts.DownloadError, match=rf"/f: HTTP 503 .* \({attempts.ATTEMPTS} attempts\)"):
         get(tmp_path, mirror.address)
     assert len(mirror.log) == len(pauses) + 1 == attempts.ATTEMPTS
     relative = [pause / attempts.DELAY / 2**number for number, pause in enumerate(pauses)]
@@ -383,7 +383,7 @@ def test_a_pause_that_is_too_long_is_a_refusal_and_nonsense_is_none(
         assert get(tmp_path, mirror.address) == GOOD
         assert max(pauses) <= attempts.DELAY
     else:
-        with pytest.raises(published.DownloadError, match=r"HTTP 503 .* clients to wait 86400 s"):
+        with pytest.raises(attempts.DownloadError, match=r"HTTP 503 .* clients to wait 86400 s"):
             get(tmp_path, mirror.address)
         assert pauses == []
 
