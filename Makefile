@@ -6,7 +6,7 @@
 # make up      Prefect, MLflow and a worker in the background, with everything in prefect.yaml deployed
 # make down    stop them
 #
-# Another preset, other settings:  make run PRESET=mnist SET="train.steps=500 train.batch_size=64"
+# Another preset, other settings:  make run PRESET=mnist SET="train.steps=500 evaluate.protocols=[svm,knn]"
 # Another Python (3.11 or later):  make run PYTHON=python3.12
 
 PRESET = digits

@@ -15,6 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dcgan import environment
+
 OBJECT_STORE = 2**27  # bytes; no image and no tensor passes through Ray, whose default is 30 % of the memory
 # Ray replaces 127.0.0.1 by the address of a network interface, which a laptop may lose. Its servers listen on all
 # interfaces whatever address they are given: the token keeps others out.
@@ -118,7 +120,7 @@ def _connect(address: str, directory: Path, workers: int) -> None:
             with _lean():
                 ray.init(
                     "local",
-                    num_cpus=max(len(os.sched_getaffinity(0)), workers),
+                    num_cpus=max(environment.cpus(), workers),
                     object_store_memory=OBJECT_STORE,
                     include_dashboard=False,
                     _node_ip_address=LOOPBACK,

@@ -63,7 +63,7 @@ def launch(function: Callable[..., None], arguments: tuple, compute: Compute, ho
                     _remove_placement_groups(_placement_groups() - others)
                 if isinstance(cause, WorkerGroupStartupTimeoutError) and not started_here.is_set():
                     # Others may use the CPUs. A node may also be lost for good: then the share of each is another.
-                    log.warning("the cluster has no room for %d workers; trying again", compute.workers)
+                    log.warning("the cluster has no room for compute.workers=%d; trying again", compute.workers)
                     continue
                 if not (isinstance(cause, RayActorError) and attempts_left):
                     raise WorkerError(f"Ray's controller failed: {type(cause).__name__}: {cause}") from error
@@ -106,7 +106,7 @@ def _trainer(
         if node["Alive"]
     ]
     on_gpus = use_gpu(compute, sum(gpus for _, gpus in nodes))
-    cpus = _share(nodes, compute.workers, on_gpus)
+    cpus = _share(nodes, compute, on_gpus)
     check_nodes(function, compute.workers, cpus, on_gpus)
     return Trainer(
         _work,
@@ -140,14 +140,15 @@ def _work(config: dict[str, Any]) -> None:
     config["function"](*config["arguments"])
 
 
-def _share(nodes: list[tuple[int, int]], workers: int, on_gpus: bool) -> int:
-    """The most CPUs that each of `workers` can have, given each node's CPUs and GPUs; a worker stays within one node.
+def _share(nodes: list[tuple[int, int]], compute: Compute, on_gpus: bool) -> int:
+    """The CPUs of each worker: `compute.cpus`, or the most that all can have, given each node's CPUs and GPUs.
 
-    on_gpus: each has a GPU of its node, too.
+    A worker stays within one node. on_gpus: each has a GPU of its node, too.
     """
-    total = sum(cpus for cpus, _ in nodes)
-    for share in range(total // workers, 0, -1):
+    total, workers = sum(cpus for cpus, _ in nodes), compute.workers
+    for share in [compute.cpus] if compute.cpus else range(total // workers, 0, -1):
         if sum(min(cpus // share, gpus) if on_gpus else cpus // share for cpus, gpus in nodes) >= workers:
             return share
-    wanted = "as many CPUs, each on a node with a GPU for it" if on_gpus else "as many CPUs"
-    raise ValueError(f"compute.workers={workers} needs {wanted}, and Ray has {total}")
+    wanted = f"{compute.cpus} CPUs each" if compute.cpus else "as many CPUs"
+    where = ", on a node with a GPU for it" if on_gpus else ", of one node"
+    raise ValueError(f"compute.workers={workers} needs {wanted}{where}, and Ray has {total} on {len(nodes)} nodes")

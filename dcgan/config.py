@@ -45,6 +45,7 @@ __all__ = [
 
 Preset = DataSet  # one per data set, of the same name
 PRESETS: tuple[Preset, ...] = get_args(Preset)
+DIRECTORY = Path(__file__).parent / "presets"
 
 
 class Knob(NamedTuple):
@@ -96,7 +97,7 @@ def summary(preset: Preset) -> str:
 
 
 def _read_preset(preset: str) -> str:
-    return (Path(__file__).parent / "presets" / f"{preset}.yaml").read_text(encoding="utf-8")
+    return (DIRECTORY / f"{preset}.yaml").read_text(encoding="utf-8")
 
 
 def build(preset: str, overrides: Sequence[str] = ()) -> Experiment:

@@ -27,6 +27,16 @@ def describe() -> dict[str, Any]:
     }
 
 
+def cpus() -> int:
+    """The processors that this process may use: what its affinity and its container's quota leave of the machine's.
+
+    LOKY_MAX_CPU_COUNT, joblib's own variable, may lower it.
+    """
+    from joblib import cpu_count
+
+    return int(cpu_count())
+
+
 def commit() -> str:
     """The commit of the running code, and whether the code differs from it; "" outside a git checkout."""
     return commit_of(_git())

@@ -35,7 +35,7 @@ def score(run: Run, protocol: Protocol) -> dict[str, dict[str, float]]:
     """Score the features by one protocol, with the same features at random init and raw pixels as controls.
 
     Returns {"discriminator": {metric: value}, "random_init": ..., "raw_pixels": ...} and writes it, with the settings,
-    to scores/<protocol>.json; scores of the same checkpoint and settings are not computed again.
+    to scores/<protocol>.json; scores of the same checkpoint, settings and code are not computed again.
     """
     settings, directory, evaluator = run.experiment.evaluate, checkpoint.chosen(run), EVALUATORS[protocol]
     described = {
@@ -45,6 +45,7 @@ def score(run: Run, protocol: Protocol) -> dict[str, dict[str, float]]:
         "chosen": settings.checkpoint,
         "images": run.scored,
         "settings": used(evaluator, settings),
+        "code": code(),
     }
     known = run.scores().get(protocol, {})
     if {key: known.get(key) for key in described} == described:
@@ -98,7 +99,7 @@ def _once(
     load: Callable[[str], np.ndarray],
 ) -> Scores:
     """identity: of the features that `load` gives for a split of the store."""
-    covered = [evaluator.name, store.fingerprint, identity, used(evaluator, settings), _code()]
+    covered = [evaluator.name, store.fingerprint, identity, used(evaluator, settings), code()]
     file = home / "scores" / f"{digest(covered)}.json"
     return Scores(**storage.once(file, partial(_compute, store, settings, evaluator, load)))
 
@@ -119,7 +120,7 @@ def _compute(
 
 
 @cache
-def _code() -> str:
+def code() -> str:
     """The digest of the modules that scores depend on, also where they differ from a commit."""
     sources = sorted(Path(evaluate.__file__).parent.glob("*.py"))
     return storage.digest(b"".join(source.read_bytes() for source in sources))

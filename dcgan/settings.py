@@ -148,7 +148,10 @@ class Compute(Section):
     """Where training runs. None of it is part of a run's identity."""
 
     workers: int = Field(
-        1, ge=0, description="Ray worker processes for training, and for extraction if 2 or more; 0: no Ray"
+        1, ge=0, description="Ray processes for training, and for extraction if 2 or more; 0: no Ray, nor to decode"
+    )
+    cpus: int | None = Field(
+        None, ge=1, description="CPUs of each worker, for a cluster shared with others; null: an equal share of all"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA if Ray, or this process, has it")
     graph: bool = Field(

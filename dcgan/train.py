@@ -177,7 +177,8 @@ if __name__ == "__main__":
         with preemption.awaited(opened):
             train(opened)
     except KeyboardInterrupt:
-        sys.exit("stopped; the same command continues from here")
+        sys.stderr.write("stopped; the same command continues from here\n")
+        sys.exit(130)  # as `dcgan train` does
     except (ValueError, OSError, RuntimeError) as error:
         if not is_for_users(error):
             raise

@@ -7,6 +7,7 @@ import base64
 import functools
 import json
 import logging
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,7 +39,10 @@ def _end(status: Literal["FAILED", "KILLED"]) -> Any:
     """A hook that sets the status of the flow run's MLflow run. If the process died, the Prefect worker calls it."""
 
     def end(flow: Any, flow_run: FlowRun, state: State) -> None:
-        home = config.build(flow_run.parameters["preset"], flow_run.parameters["overrides"]).home
+        try:
+            home = config.build(flow_run.parameters["preset"], flow_run.parameters["overrides"]).home
+        except ValueError:  # what the flow itself was refused for: there is no MLflow run
+            return
         for ledger in home.glob("runs/*/mlflow.json"):
             if json.loads(ledger.read_text())["tags"].get(FLOW_RUN) == str(flow_run.id):
                 tracking.finish(Run.open(ledger.parent), status)
@@ -121,7 +125,8 @@ def main(words: list[str]) -> int:
     run = Run.open(Path(result["run"]))
     say("", tables.text_table(run), "", f"Report   {run.path / 'report.html'}", f"Samples  {run.samples}", sep="\n")
     where = result["mlflow"] or tracking.without_password(tracking.uri(run.home))
-    say(f"MLflow   {where}", "", "To look at all of it: make ui", sep="\n")
+    home = "" if run.home == config.default_home() else f" DCGAN_HOME={shlex.quote(str(run.home))}"
+    say(f"MLflow   {where}", "", f"To look at all of it: make ui{home}", sep="\n")
     return 0
 
 

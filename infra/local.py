@@ -19,6 +19,7 @@ import time
 import urllib.request
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from services import BIN, ENVIRONMENT, HOME, MLFLOW, PREFECT, ROOT, SERVERS, SERVICES, STOP_SECONDS, WORKER, fail, say
 
@@ -75,6 +76,9 @@ def ui() -> None:
 
 
 def _start_servers() -> None:
+    named = os.environ.get("MLFLOW_TRACKING_URI") or MLFLOW
+    if urlsplit(named).hostname != "127.0.0.1":  # of this command there may be an older address, in a shell
+        fail("MLFLOW_TRACKING_URI names another server, and this one runs its own: unset it (`dcgan` still uses it)")
     for server in SERVERS:
         server.start()
     say(f"starting {' and '.join(server.name for server in SERVERS)} ...")

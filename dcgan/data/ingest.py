@@ -8,7 +8,6 @@ byte for byte, whoever made them.
 import json
 import logging
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dcgan import storage
+from dcgan import environment, storage
 from dcgan.config import Data
 from dcgan.data import publish, shards, store
 from dcgan.data.decode import TRANSFORM
@@ -38,7 +37,7 @@ def by_threads(make: Callable[[Job], dict[str, Any]], jobs: Sequence[Job]) -> It
 
     Pillow decodes without the interpreter's lock. Memory: one shard per thread.
     """
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(environment.cpus()) as pool:
         try:
             yield from pool.map(make, jobs)
         finally:

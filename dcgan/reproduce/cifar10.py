@@ -92,7 +92,7 @@ TABLE = Table(
             _of_imagenet,
             ("imagenet32", *CIFAR10),
         ),
-        Row("dcgan_cifar10", "DCGAN (CIFAR-10 itself) + L2-SVM", {}, "", _of_itself, CIFAR10),
+        Row("dcgan_cifar10", "DCGAN (CIFAR-10 itself, 3x3) + L2-SVM", {}, "", _of_itself, CIFAR10),
     ),
     "The discriminator's features come from all convolution layers, pooled to 4x4 and standardised; C is chosen on "
     "images held out of train, except for k-means with all labels, whose C is the published 100 / N.",

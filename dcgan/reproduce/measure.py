@@ -2,7 +2,8 @@
 
 A row that can't be measured (no data, no weights) says why and does not stop the others. What was measured is kept
 under `<home>/reproduced/<table>/<row>/`, so the same command resumes where it stopped. To measure again, delete the
-file there and, for a row that trains, its run or the scores in it. If a run that was there already, or its scores, came
+file there and, for a row that trains, its run or the scores in it; code of the row, its presets or the evaluators that
+has changed is reason enough. If a run that was there already, or its scores, came
 from other code, the record has that code's commit too.
 """
 
@@ -18,12 +19,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dcgan import config, environment, stages, storage, summary, tracking
+from dcgan import config, environment, scoring, stages, storage, summary, tracking
+from dcgan.config import DataSet
 from dcgan.evaluate.samples import computing_on
 from dcgan.reproduce import TABLES, record
 from dcgan.reproduce.overrides import check, digest, given, home
@@ -98,7 +101,7 @@ def one(table: str, name: str, overrides: Sequence[str], seeds: int) -> dict[str
 def _once(table: str, row: Row, overrides: tuple[str, ...], seed: int) -> dict[str, Any]:
     """What a row gives with one seed, the seconds it took, where and when; kept, and not measured again."""
     assert callable(row.measure)
-    name = digest(overrides, row.presets, seed)
+    name = digest(overrides, row.presets, seed, _code(table, row.presets))
     directory = home(overrides) / "reproduced" / table / row.key
     directory.mkdir(parents=True, exist_ok=True)
     file = directory / f"{name}.json"
@@ -115,6 +118,13 @@ def _once(table: str, row: Row, overrides: tuple[str, ...], seed: int) -> dict[s
         storage.write_json(file, {**where, "seconds": seconds, "measured": dataclasses.asdict(measured)})
     shutil.rmtree(setting.directory, ignore_errors=True)
     return json.loads(file.read_text())
+
+
+@cache
+def _code(table: str, presets: tuple[DataSet, ...]) -> str:
+    """The digest of what decides how a row is measured: its table's module, its presets, the evaluators."""
+    sources = [*Path(__file__).parent.glob(f"{table}.py"), *(config.DIRECTORY / f"{preset}.yaml" for preset in presets)]
+    return storage.digest(b"".join(source.read_bytes() for source in sources) + scoring.code().encode())
 
 
 def _commits(runs: Iterable[Run]) -> Iterator[str]:

@@ -79,10 +79,10 @@ def _check_values(overrides: Sequence[str]) -> None:
             raise refusals[preset]
 
 
-def digest(words: Sequence[str], presets: Sequence[DataSet], seed: int) -> str:
-    """Of everything given that can change what is measured on the presets, in whatever order it was given."""
+def digest(words: Sequence[str], presets: Sequence[DataSet], seed: int, code: str) -> str:
+    """Of everything that can change what is measured on the presets; the words may be given in any order."""
     decisive = {}
     for preset in presets:
         given = dict(word.split("=", 1) for word in of(words, preset))  # of two values of a key the later
         decisive[preset] = {k: v for k, v in given.items() if not k.startswith("compute.") and k not in PLACES}
-    return config.digest([decisive, seed])
+    return config.digest([decisive, seed, code])

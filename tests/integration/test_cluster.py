@@ -17,7 +17,7 @@ import fabricated
 import pytest
 import ray_nodes
 
-from dcgan import cluster, cluster_session, cluster_train, features
+from dcgan import cluster, cluster_session, cluster_train, environment, features
 from dcgan.config import Compute
 from dcgan.run import Run
 from dcgan.storage import CorruptError
@@ -56,7 +56,7 @@ def test_workers_form_a_process_group_share_the_cores_and_stay_in_the_directory(
 
     cluster_train.launch(report, (str(ray_home),), compute(), ray_home, "group")
 
-    share = max(len(os.sched_getaffinity(0)), 2) // 2
+    share = max(environment.cpus(), 2) // 2
     for rank in (0, 1):
         assert json.loads((ray_home / f"{rank}.json").read_text()) == {
             "total": 3.0,
@@ -192,7 +192,7 @@ def test_what_ray_lacks_is_refused_before_anything_waits_for_it(ray_home: Path, 
     [([8], 1, 8), ([8], 3, 2), ([2, 2], 1, 2), ([4, 4, 1], 2, 4), ([3, 3], 3, 1), ([1, 1], 2, 1)],
 )
 def test_share_is_the_most_that_fits_within_nodes(nodes: list[int], workers: int, cpus: int) -> None:
-    assert cluster_train._share([(node, 0) for node in nodes], workers, on_gpus=False) == cpus
+    assert cluster_train._share([(node, 0) for node in nodes], Compute(workers=workers), on_gpus=False) == cpus
 
 
 @pytest.mark.parametrize(
@@ -200,9 +200,17 @@ def test_share_is_the_most_that_fits_within_nodes(nodes: list[int], workers: int
     [([(64, 0), (8, 1)], 1, 8), ([(32, 1), (8, 2)], 2, 8), ([(32, 1), (8, 2)], 3, 4), ([(8, 4)], 2, 4)],
 )
 def test_a_worker_on_a_gpu_has_the_cpus_of_its_node(nodes: list[tuple[int, int]], workers: int, cpus: int) -> None:
-    assert cluster_train._share(nodes, workers, on_gpus=True) == cpus
-    with pytest.raises(ValueError, match="each on a node with a GPU for it"):
-        cluster_train._share([(64, 0), (0, 1)], 1, on_gpus=True)
+    assert cluster_train._share(nodes, Compute(workers=workers), on_gpus=True) == cpus
+    with pytest.raises(ValueError, match="on a node with a GPU for it"):
+        cluster_train._share([(64, 0), (0, 1)], Compute(workers=1), on_gpus=True)
+
+
+def test_the_cpus_of_a_worker_can_be_given() -> None:
+    nodes = [(8, 0), (3, 0)]
+    assert cluster_train._share(nodes, Compute(workers=3, cpus=3), on_gpus=False) == 3
+    refusal = r"compute.workers=4 needs 3 CPUs each, of one node, and Ray has 11 on 2 nodes"
+    with pytest.raises(ValueError, match=refusal):
+        cluster_train._share(nodes, Compute(workers=4, cpus=3), on_gpus=False)
 
 
 def test_nodes_that_may_have_a_worker_are_asked_whether_they_can() -> None:
@@ -376,7 +384,7 @@ def test_workers_wait_for_room_on_a_cluster_and_say_so(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "done").exists()
     assert "Ray has 0 CPUs free of the 1 wanted, and is waited for" in done.stderr
-    assert "the cluster has no room for 1 workers; trying again" in done.stderr
+    assert "the cluster has no room for compute.workers=1; trying again" in done.stderr
 
 
 def test_a_job_whose_process_always_dies_is_given_up(ray_home: Path) -> None:

@@ -56,6 +56,7 @@ REFUSED = {
     "compute.workers": ["-1"],
     "compute.device": ["tpu"],
     "compute.graph": ["2"],
+    "compute.cpus": ["0", "1.5"],
     "compute.max_failures": ["-1"],
     "evaluate.checkpoint": ["newest"],
     "evaluate.images": ["photos"],

@@ -68,6 +68,42 @@ def test_calibration_is_the_mean_over_batches_of_real_images(trained, monkeypatc
     assert d.norms[0].momentum == 0.1
 
 
+def test_each_layer_is_calibrated_on_what_the_calibrated_ones_before_it_give(make_store, tmp_path, monkeypatch):
+    """Batch by batch, as in training; here from the definition, layer by layer."""
+    monkeypatch.setattr(features, "BATCH", 25)
+    store = make_store(tmp_path, size=32, channels=1, train=60)
+    _, d = models.build(Model(kernel=3, width=2), 1, 0, 32, seed=0)
+    features.calibrate(d, store, torch.device("cpu"))
+    order = features.batches.permutation(60, 0, 0)
+    means, variances = [[] for _ in d.norms], [[] for _ in d.norms]
+    with torch.no_grad():
+        for start in range(0, 60, 25):
+            x = normalise(torch.from_numpy(np.array(store.images("train")[order[start : start + 25]])))
+            for number, conv in enumerate(d.convs):
+                x = conv(x)
+                if number:
+                    norm, mean = d.norms[number - 1], x.mean((0, 2, 3))
+                    means[number - 1].append(mean.numpy())
+                    variances[number - 1].append(x.var((0, 2, 3)).numpy())
+                    x = (x - mean[:, None, None]) / (x.var((0, 2, 3), False) + norm.eps).sqrt()[:, None, None]
+                    x = x * norm.weight[:, None, None] + norm.bias[:, None, None]
+                x = torch.where(x > 0, x, 0.2 * x)
+    assert len(d.norms) == 5
+    for norm, mean, variance in zip(d.norms, means, variances, strict=True):
+        np.testing.assert_allclose(norm.running_mean, np.average(mean, 0, [25, 25, 10]), atol=1e-5)
+        np.testing.assert_allclose(norm.running_var, np.average(variance, 0, [25, 25, 10]), rtol=1e-4)
+
+
+def test_a_conditional_net_is_told_that_every_class_is_as_likely():
+    _, d = models.build(Model(kernel=5, width=3, conditional=True), 1, 4, 28, seed=0)
+    images = torch.randn(2, 1, 28, 28)
+    expected = [maps.flatten(1) for maps in d.eval().activations(images, torch.full((2, 4), 0.25))]
+    got = features.Extractor(d).layers(images)
+    for layer, maps in zip(got, expected, strict=True):
+        cells = maps.reshape(2, layer.shape[1] // 16, -1)
+        assert torch.equal(layer.reshape(2, -1, 16).amax(2), cells.amax(2)), "pooling keeps each map's maximum"
+
+
 def test_calibration_changes_nothing_but_the_statistics(trained):
     _, d = models.build(Model(kernel=4, width=2, spectral_norm=True), 1, 0, 28, seed=0)
     before = {name: value.clone() for name, value in d.state_dict().items()}

@@ -81,7 +81,7 @@ LAYERS: list[set[str]] = [
 ]
 # Modules that know only these of ours: a launcher of any function, and functions of arrays.
 KNOW_ONLY = {
-    "dcgan.cluster*": {"dcgan.config", "dcgan.settings", "dcgan.storage", "dcgan.cluster*"},
+    "dcgan.cluster*": {"dcgan.config", "dcgan.settings", "dcgan.storage", "dcgan.environment", "dcgan.cluster*"},
     "dcgan.evaluate": {"dcgan.config", "dcgan.settings", "dcgan.numerics", "dcgan.evaluate"},
 }
 

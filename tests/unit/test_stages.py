@@ -38,6 +38,23 @@ def test_images_without_a_test_split_are_clustered_whole(tmp_path: Path) -> None
     assert all(0.5 <= found["clustering/accuracy"] <= 1 for found in scores.values())
 
 
+def test_superclasses_are_clustered_where_there_are_any(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def score(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, test_y: np.ndarray, *_: Any) -> dict:
+        seen.append((train_x.max(), train_y.tolist(), test_y.tolist()))
+        return {"clustering/accuracy": 0.5}
+
+    pairs = [(np.full((1, 32, 32), 255, np.uint8), i % 4) for i in range(8)]
+    description = Description(
+        "random", tuple("abcd"), 32, 1, "none", superclasses=("x", "y"), superclass_of=(0, 1, 1, 0)
+    )
+    store = write_store(tmp_path, description, {"train": pairs, "test": pairs[1:4]})
+    evaluator = EVALUATORS["clustering"]._replace(score=score)
+    scoring.of_pixels(tmp_path, store, build("digits").evaluate, evaluator)
+    assert seen == [(1.0, [0, 1, 1, 0] * 2, [1, 1, 0])], "pixels are in [0, 1]"
+
+
 def test_scores_say_which_code_computed_them(
     tmp_path: Path, make_store: Callable[..., Store], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,8 +146,10 @@ def test_runs_on_the_same_images_share_the_scores_of_their_pixels(scored: tuple[
 def test_other_code_scores_anew(scored: tuple[Run, list[Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     run, seen = scored
     stages.evaluate(run, "knn")
-    monkeypatch.setattr(scoring, "_code", lambda: "other")
-    stages.evaluate(again(run), "knn")
+    stages.evaluate(run, "knn")
+    assert len(seen) == 3
+    monkeypatch.setattr(scoring, "code", lambda: "other")
+    stages.evaluate(run, "knn")
     assert len(seen) == 6
 
 

@@ -17,6 +17,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from dcgan import environment
 from dcgan.config import Data
 from dcgan.data.decode import TRANSFORM
 from dcgan.data.records import PACKED, PREFIX, Block, Tree, batched, pack, unpack
@@ -131,7 +132,7 @@ def _hashes(root: Path, names: Sequence[bytes]) -> tuple[list[bytes], SourceFile
     Uses threads: neither reading nor hashing holds the interpreter's lock.
     """
     hashes, whole, size = [], hashlib.sha256(), 0
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(environment.cpus()) as pool:
         for some, (found, length) in zip(names, pool.map(bind(_hash_block, root), names), strict=True):
             each = [found[i : i + DIGEST] for i in range(0, len(found), DIGEST)]
             for name, sha256 in zip(unpack(some), each, strict=True):

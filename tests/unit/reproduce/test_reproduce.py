@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,10 @@ from dcgan.data.store import Store
 from dcgan.evaluate import EVALUATORS, samples
 from dcgan.evaluate.published import PAPER, PUBLISHED
 from dcgan.evaluate.samples import NotConvergedError
-from dcgan.reproduce import TABLES, clustering, image_quality, measure, mnist, page, record, svhn
+from dcgan.reproduce import TABLES, cifar10, clustering, image_quality, measure, mnist, page, record, svhn
 from dcgan.reproduce.overrides import check, home
 from dcgan.reproduce.rows import Column, Figure, Measured, Row, Setting, Table, features, merged
+from dcgan.run import Run
 
 SMALL = ("digits/train.steps=4", "digits/train.checkpoint_every=2", "digits/train.batch_size=32", "compute.workers=0")
 MODEL = ("digits/model.width=4", "digits/evaluate.labels=200", "digits/evaluate.labels_per_class=5")
@@ -255,6 +257,16 @@ def test_rows_compute_where_the_overrides_say(tiny: tuple[str, ...], monkeypatch
     measure.one("tiny", "where", (*tiny, "compute.device=cpu"), seeds=1)
     measure.one("tiny", "where", (*tiny, "train.steps=7"), seeds=1)
     assert seen == ["cpu", "cuda"]
+
+
+def test_other_code_is_reason_to_measure_anew(tiny: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    for code in ("a", "a", "b"):
+        monkeypatch.setattr(measure, "_code", lambda *_, code=code: code)
+        measure.one("tiny", "counted", tiny, seeds=1)
+    assert len(list((home(tiny) / "reproduced" / "tiny" / "counted").rglob("call-*"))) == 2
+    monkeypatch.undo()
+    codes = {measure._code(table, presets) for table in ("svhn", "mnist") for presets in (("svhn",), ("mnist",))}
+    assert len(codes) == 4
 
 
 def test_other_settings_are_measured_anew(tiny: tuple[str, ...]) -> None:
@@ -498,6 +510,7 @@ def test_draws_of_svhn_are_the_rows_own_unless_the_user_says(home: Path, monkeyp
 
     def score(*arguments: Any) -> dict[str, float]:
         draws.append(arguments[4].draws)
+        assert [len(part) for part in arguments[5]] == [4, 4], "validation, on which everything is chosen"
         return {f"knn_few_labels/{name}": 0.5 for name in ("accuracy", "accuracy_std", "validation_accuracy")}
 
     knn = svhn.KNN._replace(score=score)
@@ -509,6 +522,69 @@ def test_draws_of_svhn_are_the_rows_own_unless_the_user_says(home: Path, monkeyp
         found = svhn._in_pixels(knn, setting)
     assert draws == [10, 3]
     assert found.figures["error"].of == "3 draws"
+
+
+def test_the_svm_on_svhn_gives_errors_with_their_interval(tiny: tuple[str, ...], tmp_path: Path) -> None:
+    found = svhn._svm(Digits(DIGITS, (*tiny, *SMALL, *MODEL), 0, tmp_path / "row"))
+    (run,) = (Run.open(home(tiny) / "runs" / name) for name in found.runs)
+    scores = run.scores()["svm_few_labels"]["scores"]
+    for source, figures in (("discriminator", found.figures), ("raw_pixels", found.controls["raw pixels"])):
+        values = scores[source]
+        spread = 1.96 * values["svm_few_labels/accuracy_std"]
+        expected = Figure(1 - values["svm_few_labels/accuracy"], spread, "10 draws, 1.96 deviations")
+        assert figures["error"] == expected
+        assert figures["validation"] == Figure(1 - values["svm_few_labels/validation_accuracy"])
+
+
+class Planned(Setting):
+    """Says which experiment a row would train."""
+
+    def trained(self, preset: config.DataSet, *words: str, protocols: Sequence[config.Protocol] = ()) -> Run:
+        raise LookupError(self.experiment(preset, *words, protocols=protocols))
+
+
+@pytest.mark.parametrize(
+    ("work", "presets", "expected"),
+    [
+        (cifar10._of_itself, ("cifar10",), {"model.kernel": 3, "evaluate.labels": 0, "train.steps": 12_000}),
+        (
+            cifar10._of_imagenet,
+            ("imagenet32", "cifar10"),
+            {"model.kernel": 3, "model.width": 128, "model.z_dim": 256, "evaluate.images": "cifar10"},
+        ),
+        (
+            partial(mnist._drawn, 10),
+            ("mnist",),
+            {
+                **{
+                    "model.conditional": True,
+                    "model.hidden": 1024,
+                    "model.affine": False,
+                    "train.weight_decay": 2.5e-5,
+                },
+                **{"train.decay": 0.5, "train.ema": 0.999, "evaluate.checkpoint": "latest", "train.steps": 20_000},
+            },
+        ),
+    ],
+)
+def test_a_row_trains_the_net_that_its_table_says(
+    tmp_path: Path, work: Any, presets: tuple[config.DataSet, ...], expected: dict[str, Any]
+) -> None:
+    with pytest.raises(LookupError) as planned:
+        work(Planned(presets, (f"data.home={tmp_path}",), 0, tmp_path))
+    given = planned.value.args[0].model_dump()
+    assert {key: given[key.split(".")[0]][key.split(".")[1]] for key in expected} == expected
+
+
+def test_real_digits_are_as_many_as_the_row_says(tiny: tuple[str, ...], tmp_path: Path) -> None:
+    setting = Digits(DIGITS, tiny, 0, tmp_path / "row")
+    store, _ = setting.images("mnist")
+    flat = [store.images(split).reshape(store.count(split), -1).astype(np.float64) for split in ("train", "test")]
+    labels = [store.labels(split) for split in ("train", "test")]
+    expected = 1 - KNeighborsClassifier(1, algorithm="brute").fit(flat[0][:30], labels[0][:30]).score(
+        flat[1], labels[1]
+    )
+    assert mnist._real(30, setting).figures["error"].value == pytest.approx(expected)
 
 
 def test_a_search_without_ray_goes_on_where_it_stopped(tmp_path: Path) -> None:

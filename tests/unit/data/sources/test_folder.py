@@ -18,6 +18,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
+from dcgan import environment
 from dcgan.config import Data
 from dcgan.data import catalogue, publish, records, shards
 from dcgan.data.ingest import ingest
@@ -274,7 +275,7 @@ def test_the_number_of_threads_and_blocks_changes_nothing(
 ) -> None:
     stores = []
     for number, (threads, block) in enumerate([(1, 512), (7, 512), (3, 4)]):
-        monkeypatch.setattr(os, "cpu_count", lambda threads=threads: threads)
+        monkeypatch.setattr(environment, "cpus", lambda threads=threads: threads)
         monkeypatch.setattr(folder, "PACKED", block)
         monkeypatch.setattr(records, "PACKED", block)
         stores.append(ingest(given(tree), tmp_path / f"home{number}"))
