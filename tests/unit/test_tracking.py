@@ -230,6 +230,16 @@ def test_a_folder_is_repeated_with_its_source(tmp_path: Path) -> None:
     assert config.build(words[2], words[3:]) == wanted
 
 
+def test_no_more_processors_are_used_than_this_process_may() -> None:
+    allowed = sorted(os.sched_getaffinity(0))
+    assert environment.cpus() <= len(allowed)
+    os.sched_setaffinity(0, allowed[:1])
+    try:
+        assert environment.cpus() == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
 def test_an_environment_names_versions_and_commit() -> None:
     described = environment.describe()
     assert described["packages"]["torch"]
