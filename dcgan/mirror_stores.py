@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import re
 import time
 from pathlib import Path
 
@@ -53,7 +54,10 @@ def _pull_store(remote: Remote, stores: Path, fingerprint: str, cache_gb: float)
             f"{remote.url}/stores/{fingerprint}/{storage.MANIFEST} is corrupt: its hash is not its name"
         )
     _make_room(remote, stores, sum(entry["bytes"] for entry in json.loads(manifest)["files"].values()), cache_gb)
-    mirror.pull(remote, f"stores/{fingerprint}", stores / fingerprint, manifest)
+    try:
+        mirror.pull(remote, f"stores/{fingerprint}", stores / fingerprint, manifest)
+    except storage.CorruptError as error:
+        raise storage.CorruptError(f"{error}; without {remote.url}/stores/{fingerprint}/ it is made again") from error
     return True
 
 
@@ -98,9 +102,17 @@ def _make_room(remote: Remote, stores: Path, needed: int, cache_gb: float) -> No
 
 
 def read_index(url: str, key: str) -> str | None:
-    """The fingerprint of the store that an input gave, wherever it was ingested."""
+    """The fingerprint of the store that an input gave, wherever it was ingested; None if it is not known there.
+
+    Raises CorruptError for what is no fingerprint: whoever writes to the remote chooses it, and it becomes a path.
+    """
     content = Remote(url).read(f"stores/index/{key}.json")
-    return None if content is None else str(json.loads(content)["fingerprint"])
+    if content is None:
+        return None
+    fingerprint = json.loads(content)["fingerprint"]
+    if not re.fullmatch("[0-9a-f]{16}", str(fingerprint)):
+        raise storage.CorruptError(f"{url}/stores/index/{key}.json names {fingerprint!r}, which is no image store")
+    return str(fingerprint)
 
 
 def write_index(url: str, key: str, index: Path) -> None:

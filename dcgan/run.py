@@ -114,10 +114,8 @@ class Run:
         if data.remote:
             from dcgan import mirror_stores
 
-            if path.exists():
+            if path.exists() or mirror_stores.pull_store(self.home, data.remote, fingerprint, data.cache_gb):
                 mirror_stores.use(path)
-            else:
-                mirror_stores.pull_store(self.home, data.remote, fingerprint, data.cache_gb)
         return Store.open(self.home, fingerprint, verify, share)
 
     def metrics(self) -> list[dict[str, Any]]:

@@ -8,7 +8,8 @@ import logging
 import math
 import sys
 import time
-from contextlib import closing, nullcontext
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -62,7 +63,8 @@ def train(run: Run) -> None:
         keeper, is_asked = Keeper(run, game, store) if place.first else None, preemption.Request(run, place)
         with closing(player), closing(data.from_step(start)) as stream, closing(keeper) if keeper else nullcontext():
             if start == 0 and keeper is not None:
-                keeper.keep(0, line=None, drawing=True)
+                with window.paused():
+                    keeper.keep(0, line=None, drawing=True)
 
             # Train.
             for step, batch in zip(range(start, settings.steps), stream, strict=False):
@@ -84,9 +86,8 @@ def train(run: Run) -> None:
                     line = window.close(done, player)  # on every rank: it is a collective
                     _refuse_non_finite(run, line, keeper)
                 if keeper is not None and (line is not None or drawing):
-                    keeper.keep(done, line, saving, drawing)
-                if line is not None:
-                    window.restart(player)
+                    with window.paused():
+                        keeper.keep(done, line, saving, drawing)
                 if stopping:
                     break
         distributed.barrier(place)  # a rank that ended first would have torchrun kill the one still writing
@@ -95,28 +96,31 @@ def train(run: Run) -> None:
 
 
 class Window:
-    """The lines of metrics: means over the steps since the last line, and the speed."""
+    """The lines of metrics: means over the steps since the last line, and the speed in the time that was not paused."""
 
     def __init__(self, start: int, batch_size: int, place: Place) -> None:
         self.batch_size, self.place = batch_size, place
         self.last, self.began = start, time.perf_counter()
 
     def close(self, done: int, player: Player) -> Line:
-        """The line for the steps since the last one, means over all ranks."""
+        """The line for the steps since the last one, means over all ranks; the next one begins."""
         names = sorted(player.counts)
         means = torch.stack([player.sums[name] / player.counts[name] for name in names])
         values = distributed.mean(means, self.place).tolist()  # the only wait for the device
         seconds = time.perf_counter() - self.began
         images = done * self.batch_size
         speed = (done - self.last) * self.batch_size / seconds
-        self.last = done
+        player.restart()
+        self.last, self.began = done, time.perf_counter()
         line = {"step": done, "images": images, "images_per_second": speed, "seconds": seconds}
         return line | dict(zip(names, values, strict=True))
 
-    def restart(self, player: Player) -> None:
-        """Begin the next line; the time since `close` (validation, copying) does not count as training time."""
-        player.restart()
-        self.began = time.perf_counter()
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What the body does (drawing, validation, copying) does not count as training time."""
+        since = time.perf_counter()
+        yield
+        self.began += time.perf_counter() - since
 
 
 def _start(run: Run, store: Store, place: Place) -> Game:

@@ -153,6 +153,18 @@ def test_worker_killed_at_once_is_restarted_with_the_others(tmp_path: Path) -> N
     assert [(tmp_path / f"attempts-{rank}").read_text() for rank in (0, 1)] == ["xx", "xx"]
 
 
+def test_workers_that_always_die_are_given_up(tmp_path: Path) -> None:
+    def die(directory: str) -> None:
+        with Path(directory, "attempts").open("a") as file:
+            file.write("x")
+        time.sleep(3)  # so that the group has started: a death before that is another case
+        os._exit(1)
+
+    with pytest.raises(cluster_session.WorkerError):
+        cluster_train.launch(die, (str(tmp_path),), Compute(device="cpu", max_failures=1), tmp_path, "dying")
+    assert (tmp_path / "attempts").read_text() == "xx"
+
+
 def test_exception_of_a_worker_is_one_line_and_one_that_would_repeat_is_not_retried(ray_home: Path) -> None:
     assert issubclass(CorruptError, cluster.REPEATS), "whose files are compared for minutes before it is raised"
 
@@ -203,6 +215,27 @@ def test_a_worker_on_a_gpu_has_the_cpus_of_its_node(nodes: list[tuple[int, int]]
     assert cluster_train._share(nodes, Compute(workers=workers), on_gpus=True) == cpus
     with pytest.raises(ValueError, match="on a node with a GPU for it"):
         cluster_train._share([(64, 0), (0, 1)], Compute(workers=1), on_gpus=True)
+
+
+@pytest.mark.parametrize(
+    ("device", "workers", "gpus", "expected"),
+    [
+        ("cpu", 1, 8, False),
+        ("auto", 4, 0, False),
+        ("auto", 1, 1, True),
+        ("auto", 4, 4, True),
+        ("cuda", 2, 4, True),
+        ("auto", 4, 3, None),
+        ("cuda", 1, 0, None),
+    ],
+)
+def test_workers_have_a_gpu_each_or_none(device: str, workers: int, gpus: int, expected: bool | None) -> None:
+    wanted = Compute.model_validate({"device": device, "workers": workers})
+    if expected is None:
+        with pytest.raises(ValueError, match=f"needs a GPU each, and Ray has {gpus}"):
+            cluster.use_gpu(wanted, gpus)
+    else:
+        assert cluster.use_gpu(wanted, gpus) is expected
 
 
 def test_the_cpus_of_a_worker_can_be_given() -> None:

@@ -343,6 +343,23 @@ finally:
     assert done.stderr.endswith(f"; the end of {log}:\nwhy\n")
 
 
+def test_a_process_that_has_got_the_number_of_a_dead_service_is_left_alone(tmp_path: Path) -> None:
+    """As after a reboot. Nor is a flow run of another server ended."""
+    services, home = tmp_path / "home" / "services", tmp_path / "home"
+    services.mkdir(parents=True)
+    sleep = [sys.executable, "-c", "import time; print(flush=True); time.sleep(60)", "prefect.engine"]
+    elsewhere = {**os.environ, "PREFECT_API_URL": "http://127.0.0.1:1/api"}
+    with subprocess.Popen(sleep, env=elsewhere, stdout=subprocess.PIPE, start_new_session=True) as other:
+        assert other.stdout
+        other.stdout.readline()
+        (services / "prefect.pid").write_text(f"{other.pid} 1 4200")
+        command, environment = [sys.executable, "infra/local.py", "down"], {**os.environ, "DCGAN_HOME": str(home)}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+        assert other.poll() is None
+        other.kill()
+
+
 def test_a_torn_pid_file_is_of_nothing_that_runs(tmp_path: Path) -> None:
     """Of a disk that was full, or a machine that lost its power."""
     services = tmp_path / "home" / "services"

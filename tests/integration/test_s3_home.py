@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 import random
 import re
 import shutil
@@ -24,6 +25,7 @@ import torch
 from dcgan import checkpoint, mirror, mirror_runs, mirror_stores, pictures, remote, stages, storage
 from dcgan.config import Data, Experiment, build
 from dcgan.data.ingest import ingest
+from dcgan.data.sources import digits as source
 from dcgan.data.store import Store
 from dcgan.remote import Remote, RemoteError
 from dcgan.run import Run
@@ -60,14 +62,46 @@ def content(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
 
 
-def test_what_one_home_ingested_another_only_copies(server: s3.Store, tmp_path: Path) -> None:
+def test_what_one_home_ingested_another_only_copies(
+    server: s3.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fingerprint = ingest(digits(tmp_path / "a").data, tmp_path / "a")
     before = len(server.log)
     assert ingest(digits(tmp_path / "a").data, tmp_path / "a") == fingerprint
     assert {seen.method for seen in server.log[before:]} <= {"GET", "HEAD"}, "nothing is written twice"
+    monkeypatch.setattr(source, "read", lambda *_: pytest.fail("read again"))
     assert ingest(digits(tmp_path / "b").data, tmp_path / "b") == fingerprint
     assert content(tmp_path / "a" / "stores" / fingerprint) == content(tmp_path / "b" / "stores" / fingerprint)
     assert not list((tmp_path / "b" / "stores").glob(".*"))
+
+
+def test_what_was_ingested_before_there_was_a_remote_is_copied_there(server: s3.Store, tmp_path: Path) -> None:
+    alone = digits(tmp_path, "data.remote=null").data
+    fingerprint = ingest(alone, tmp_path)
+    assert ingest(digits(tmp_path).data, tmp_path) == fingerprint
+    assert mirror_stores.pull_store(tmp_path / "b", URL, fingerprint, 1)
+
+
+@pytest.mark.parametrize("named", ["../../elsewhere/x", "/elsewhere", "", "0123456789abcdeg"])
+def test_an_index_that_names_no_store_is_refused(server: s3.Store, tmp_path: Path, named: str) -> None:
+    ingest(digits(tmp_path / "a").data, tmp_path / "a")
+    (key,) = (name for name in Remote(URL).sizes("stores/index"))
+    Remote(URL).write(f"stores/index/{key}", json.dumps({"fingerprint": named}).encode())
+    with pytest.raises(storage.CorruptError, match=re.escape(f"{key} names {named!r}, which is no image store")):
+        ingest(digits(tmp_path / "b").data, tmp_path / "b")
+    assert not list(tmp_path.rglob("*elsewhere*"))
+
+
+def test_a_run_finds_its_images_at_the_remote_and_keeps_them(server: s3.Store, tmp_path: Path) -> None:
+    """As a worker on a machine that has not ingested them."""
+    run = stages.ingest(digits(tmp_path))
+    path = tmp_path / "stores" / run.fingerprint
+    other = tmp_path.with_name(f"{tmp_path.name}-other")
+    shutil.copytree(run.path, other / "runs" / run.name)
+    there = Run.open(other / "runs" / run.name).store()
+    assert content(there.path) == content(path)
+    assert mirror_stores._is_used(there.path)
+    assert mirror_stores._is_used(path), "since it was ingested"
 
 
 def test_a_tree_at_s3_is_the_same_data_as_here(server: s3.Store, tmp_path: Path) -> None:
@@ -121,7 +155,8 @@ def test_an_object_that_is_not_what_the_manifest_says_is_refused_by_name(
     mirror_stores.push_store(tmp_path / "a", URL, made.fingerprint)
     shard = (made.path / "train-00000.npy").read_bytes()
     Remote(URL).write(f"stores/{made.fingerprint}/train-00000.npy", shard[:-1] + b"?")
-    with pytest.raises(storage.CorruptError, match=r"train-00000\.npy is corrupt"):
+    advice = f"without {URL}/stores/{made.fingerprint}/ it is made again"
+    with pytest.raises(storage.CorruptError, match=rf"train-00000\.npy is corrupt.*{advice}"):
         mirror_stores.pull_store(tmp_path / "b", URL, made.fingerprint, 1)
     assert not (tmp_path / "b" / "stores" / made.fingerprint).exists()
 
@@ -175,6 +210,77 @@ def test_the_longest_unused_stores_make_room(
     with pytest.raises(OSError, match="of image stores that are in use, or that s3://bucket/team does not have"):
         mirror_stores.pull_store(home, URL, homes[1].fingerprint, 1.5 * each)
     assert (home / "stores" / homes[3].fingerprint).is_dir()
+
+
+def test_of_stores_that_nobody_uses_the_one_used_last_stays(
+    server: s3.Store, tmp_path: Path, make_store: Callable[..., Store]
+) -> None:
+    made = [make_store(tmp_path / str(seed), seed=seed) for seed in range(3)]
+    home, each = tmp_path / "home", sum(map(len, content(made[0].path).values())) / 1e9
+    for one in made:
+        mirror_stores.push_store(one.path.parents[1], URL, one.fingerprint)
+    for recent in (0, 1):
+        for number in (0, 1):
+            assert mirror_stores.pull_store(home, URL, made[number].fingerprint, 9)
+            time_of_use = 2_000_000_000 if number == recent else 1_000_000_000
+            os.utime(home / "stores" / made[number].fingerprint, (time_of_use, time_of_use))
+        assert mirror_stores.pull_store(home, URL, made[2].fingerprint, 2.5 * each)
+        left = {path.name for path in (home / "stores").glob("[0-9a-f]*")}
+        assert left == {made[recent].fingerprint, made[2].fingerprint}
+        shutil.rmtree(home / "stores" / made[2].fingerprint)
+    before = time.time()
+    mirror_stores.use(home / "stores" / made[1].fingerprint)
+    assert (home / "stores" / made[1].fingerprint).stat().st_mtime >= before
+
+
+def test_an_interrupted_copy_sends_and_fetches_only_what_is_missing(
+    server: s3.Store, tmp_path: Path, make_store: Callable[..., Store]
+) -> None:
+    made = make_store(tmp_path / "a")
+    server.faults(500, times=math.inf, method="PUT", contains="train-00000")
+    with pytest.raises(RemoteError):
+        mirror_stores.push_store(tmp_path / "a", URL, made.fingerprint)
+    server.clear()
+    mirror_stores.push_store(tmp_path / "a", URL, made.fingerprint)
+    sent = [seen.path.rpartition("/")[2] for seen in server.log if seen.method == "PUT"]
+    assert sent == ["train-00000.npy", "manifest.json"]
+    server.faults(500, times=math.inf, method="GET", contains="train-00000")
+    with pytest.raises(RemoteError):
+        mirror_stores.pull_store(tmp_path / "b", URL, made.fingerprint, 1)
+    server.clear()
+    assert mirror_stores.pull_store(tmp_path / "b", URL, made.fingerprint, 1)
+    names = {seen.path.rpartition("/")[2] for seen in server.log if seen.method == "GET"}
+    assert names == {"train-00000.npy", "manifest.json"}
+
+
+def test_what_a_copy_of_a_run_lacks_at_any_moment_is_made_again(
+    server: s3.Store, home: Path, digits_store: Store
+) -> None:
+    """Lines before the checkpoint that they lead to, which is before its being the best; features not at all."""
+    run = fabricated.new_run(home)
+    fabricated.play(run, 0, 100)
+    fabricated.save(run, 100)
+    (run.features / "bank").mkdir(parents=True)
+    (run.features / "bank" / "train-00000-0.npy").write_bytes(b"features")
+    mirror_runs.push_run(run.path, URL)
+    sent = [seen.path.partition(f"{run.name}/")[2] for seen in server.log if seen.method == "PUT"]
+    order = ["metrics.jsonl", "checkpoints/100/state.pt", "checkpoints/100/manifest.json", "checkpoints/best.json"]
+    assert [name for name in sent if name in order] == order
+    assert not [name for name in sent if name.startswith("features")]
+    shutil.rmtree(run.checkpoints / "100")
+    fabricated.save(run, 200)
+    before = len(server.log)
+    mirror_runs.push_run(run.path, URL)
+    gone = [seen.path.partition(f"{run.name}/")[2] for seen in server.log[before:] if seen.method == "DELETE"]
+    assert gone == ["checkpoints/100/manifest.json", "checkpoints/100/state.pt"]
+
+
+def test_what_was_reported_is_at_the_remote(server: s3.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    run = stages.ingest(digits(tmp_path))
+    stages.train(run)
+    stages.report(run)
+    assert "report.html" in Remote(URL).sizes(f"runs/{run.name}")
 
 
 def test_a_run_is_gone_on_with_from_its_copy(server: s3.Store, tmp_path: Path) -> None:

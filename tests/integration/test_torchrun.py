@@ -7,8 +7,10 @@ halves through the nets separately and averages the gradients. It does not equal
 
 import copy
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -25,19 +27,16 @@ STEPS, BATCH = 3, 8
 TOLERANCE = 2e-5
 
 
+RANKS = ["--nproc-per-node", "2", "--standalone"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", *RANKS, "-m", "dcgan.train"]
+
+
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
 def torchrun(run):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--standalone",
-        "-m",
-        "dcgan.train",
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    subprocess.run([*command, str(run.path)], env=environment, check=True, timeout=300)
+    subprocess.run([*TORCHRUN, str(run.path)], env=environment(), check=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +109,27 @@ def test_two_ranks_equal_two_halves_with_averaged_gradients(two_ranks):
 def test_only_the_first_rank_writes(two_ranks):
     assert [line["step"] for line in two_ranks.metrics()] == [1, 2, 3]
     assert checkpoint.steps(two_ranks) == [2, 3]
+
+
+def test_sigterm_keeps_a_checkpoint_on_all_ranks(tmp_path, make_store):
+    store = make_store(tmp_path, size=28, channels=1, train=40)
+    sections = {
+        "data": {"name": "digits", "size": 28, "home": tmp_path},
+        "model": {"kernel": 4, "width": 2, "z_dim": 3},
+        "train": {"steps": 10**6, "batch_size": BATCH, "log_every": 1, "checkpoint_every": 10**6},
+        "compute": {"device": "cpu"},
+    }
+    run = Run.create(validate(sections), store)
+    with subprocess.Popen([*TORCHRUN, str(run.path)], env=environment(), start_new_session=True) as ranks:
+        until = time.monotonic() + 120
+        while not run.metrics():
+            assert ranks.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.1)
+        ranks.send_signal(signal.SIGTERM)
+        assert ranks.wait(60) != 0
+    (step,) = checkpoint.steps(run)
+    assert run.metrics()[-1]["step"] == step
 
 
 def test_metrics_are_means_over_ranks(two_ranks):

@@ -176,6 +176,7 @@ def test_a_checkpoint_of_another_architecture_is_refused_by_name(store):
 def test_a_checkpoint_of_another_data_set_is_refused_by_name(store, tmp_path, make_store):
     other = make_store(tmp_path / "home", size=28, channels=1, train=32, seed=1)
     ours, theirs = make_run(store), make_run(other)
+    assert ours.path != theirs.path
     save(theirs, make_game(theirs, other), other, (1, 0.1))
     with pytest.raises(
         checkpoint.IncompatibleError, match=f"image store: {other.fingerprint} there, {store.fingerprint} here"

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
-from dcgan import cli, commands, config, stages
+from dcgan import cli, commands, config, pictures, stages
 from dcgan.run import Run
 
 NO_SERVER = "http://127.0.0.1:9"  # the discard port: refused at once
@@ -142,6 +143,18 @@ def test_a_checkpoint_alone_is_enough_to_sample(
     assert a == b != c
     width, height = struct.unpack(">II", a[16:24])  # PNG's header
     assert 3 * 32 <= width == height <= 3 * 32 + 2 * 4
+
+
+def test_images_without_labels_are_trained_on_and_reported(tmp_path: Path) -> None:
+    for i in range(40):
+        (tmp_path / "flat").mkdir(exist_ok=True)
+        pictures.write_png(tmp_path / "flat" / f"{i}.png", np.full((32, 32, 3), 5 * i, np.uint8))
+    words = [word for word in TINY if not word.startswith(("evaluate", "train.batch"))]
+    done = dcgan("run", "folder", "data.source=flat", "data.size=32", "train.batch_size=8", *words)
+    assert done.code == 0, done.err
+    assert "not scored: scoring needs images of at least two classes" in done.out
+    (page,) = (Path(config.default_home()) / "runs").glob("folder-*/report.html")
+    assert "have not been scored" in page.read_text()
 
 
 def test_a_run_can_be_sampled_by_name(ran: SimpleNamespace) -> None:

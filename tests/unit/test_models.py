@@ -191,3 +191,20 @@ def test_activations_match_a_computation_by_definition(kernel, padding):
         np.testing.assert_allclose(layer.detach().numpy(), x, atol=2e-5)
     logits = x.reshape(4, -1) @ array(d.output.weight).T
     np.testing.assert_allclose(d(images).detach().numpy(), logits[:, 0], atol=2e-5)
+
+
+def test_hidden_layers_match_a_computation_by_definition():
+    """Newmu/dcgan_code mnist: a fully connected layer of G before the maps, and one of D after them."""
+    g, d = models.build(Model(kernel=5, width=3, z_dim=5, hidden=6), 2, 0, 32, seed=1)
+    z = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
+    x = np.maximum(normalise(array(z) @ array(g.hidden[0].weight).T, g.hidden[1]), 0)
+    x = np.maximum(normalise(x @ array(g.project.weight).T, g.project_norm).reshape(4, -1, 4, 4), 0)
+    for index, conv in enumerate(g.convs):
+        x = transposed(x, array(conv.weight), 2, 2, x.shape[-1] * 2)
+        x = np.tanh(x) if index == len(g.convs) - 1 else np.maximum(normalise(x, g.norms[index]), 0)
+    np.testing.assert_allclose(g(z).detach().numpy(), x, atol=2e-6)
+
+    images = torch.randn(4, 2, 32, 32)
+    x = normalise(array(d.activations(images)[-1].flatten(1)) @ array(d.hidden[0].weight).T, d.hidden[1])
+    x = np.where(x > 0, x, 0.2 * x)
+    np.testing.assert_allclose(d(images).detach().numpy(), (x @ array(d.output.weight).T)[:, 0], atol=2e-5)

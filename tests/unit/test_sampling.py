@@ -101,3 +101,9 @@ def test_a_generator_without_labels_draws_images_of_no_class():
 def test_refusals_come_with_the_call():
     with pytest.raises(ValueError, match="count=0: at least 1 image is drawn"):
         sampled(generator(), MODEL, 3, 0, 0, HERE)
+
+
+def test_a_conditional_grid_has_a_class_after_the_other():
+    z, labels = sampling.fixed_noise(Model(z_dim=2, conditional=True), 3, 2, seed=0)
+    assert labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert len(z) == 6

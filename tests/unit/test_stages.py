@@ -11,11 +11,13 @@ import pytest
 import torch
 from fabricated import save, write_store
 
-from dcgan import environment, scoring, stages, storage
+from dcgan import environment, features, preemption, scoring, stages, storage, summary
 from dcgan.config import build, override
 from dcgan.data.store import Description, Store
 from dcgan.evaluate import EVALUATORS, samples
 from dcgan.run import Run
+from dcgan.step import Game
+from dcgan.train import DivergedError, StoppedError
 
 SMALL = ("train.steps=2", "train.batch_size=16", "train.checkpoint_every=2", "model.width=2", "compute.workers=0")
 
@@ -25,6 +27,58 @@ def extracted(home: Path, store: Store, *overrides: str) -> Run:
     stages.train(run)
     stages.extract(run)
     return run
+
+
+def test_a_training_that_diverged_has_not_ended(
+    tmp_path: Path, make_store: Callable[..., Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run.create(build("digits", [f"data.home={tmp_path}", *SMALL]), make_store(tmp_path, channels=1))
+    play = Game.step
+    monkeypatch.setattr(Game, "step", lambda *args: {name: value * float("nan") for name, value in play(*args).items()})
+    with pytest.raises(DivergedError, match=f"run {run.name}: .* not finite in the steps up to 2"):
+        stages.train(run)
+
+
+def test_a_training_that_another_process_stopped_has_not_ended(
+    tmp_path: Path, make_store: Callable[..., Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run.create(build("digits", [f"data.home={tmp_path}", *SMALL]), make_store(tmp_path, channels=1))
+    play = Game.step
+
+    def playing(*args: Any) -> Any:
+        (run.path / preemption.FILE).touch()
+        return play(*args)
+
+    monkeypatch.setattr(Game, "step", playing)
+    with pytest.raises(StoppedError, match=f"run {run.name} was stopped at step 1, which is kept"):
+        stages.train(run)
+
+
+def test_other_images_may_be_scored_than_those_trained_on(tmp_path: Path) -> None:
+    """As CIFAR-10 by nets of ImageNet: here digits, of which others are held out by default."""
+    words = ["data.test_fraction=0.4", "evaluate.images=digits", "evaluate.labels=50", "evaluate.neighbours=[1]"]
+    experiment = build("digits", [f"data.home={tmp_path}", *SMALL, *words])
+    run = stages.ingest(experiment)
+    theirs = stages.images(experiment, build("digits", [f"data.home={tmp_path}"]).data)
+    assert run.scored == theirs.fingerprint != run.fingerprint
+    stages.train(run)
+    stages.extract(run)
+    stages.evaluate(run, "knn")
+    assert run.scores()["knn"]["images"] == theirs.fingerprint
+    for split in ("train", "test"):
+        assert len(features.read_bank(run, "random_init", 0, split)) == theirs.count(split) != run.store().count(split)
+
+
+def test_the_record_of_where_it_was_trained_is_not_of_who_reports(
+    tmp_path: Path, make_store: Callable[..., Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    here = environment.describe()
+    monkeypatch.setattr(environment, "describe", lambda: {**here, "cpu": "that trains", "gpu": []})
+    run = extracted(tmp_path, make_store(tmp_path, channels=1))
+    monkeypatch.setattr(environment, "describe", lambda: {**here, "cpu": "that reports", "gpu": []})
+    stages.report(run)
+    assert summary.trained_on(run) == "that trains"
 
 
 def test_images_without_a_test_split_are_clustered_whole(tmp_path: Path) -> None:

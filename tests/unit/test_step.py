@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from dcgan import models
 from dcgan.config import Model, Train
+from dcgan.data.batches import Batch
 from dcgan.distributed import Place
+from dcgan.player import Player
 from dcgan.step import Game, fake_loss, generator_loss, learning_rate, real_loss
 
 HERE = Place(0, 1, torch.device("cpu"))
@@ -41,9 +43,10 @@ def test_losses_are_cross_entropies_of_the_sigmoid():
     torch.testing.assert_close(generator_loss(logits), F.binary_cross_entropy(p, torch.ones(3)))
 
 
-def test_both_updates_match_plain_pytorch_over_three_steps():
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_both_updates_match_plain_pytorch_over_three_steps(smoothing):
     """pytorch/examples' loop: D on real and on fake.detach(), then G through the updated D, on the same z."""
-    ours = game(weight_decay=1e-3)
+    ours = game(weight_decay=1e-3, label_smoothing=smoothing)
     g, d = copy.deepcopy(ours.generator), copy.deepcopy(ours.discriminator)
     adams = [torch.optim.Adam(n.parameters(), lr=2e-4, betas=(0.5, 0.999), weight_decay=1e-3) for n in (g, d)]
     for step in range(3):
@@ -52,7 +55,7 @@ def test_both_updates_match_plain_pytorch_over_three_steps():
         adams[1].zero_grad()
         fake = g(z)
         real_logits, fake_logits = d(real), d(fake.detach())
-        loss_d = F.binary_cross_entropy_with_logits(real_logits, torch.ones(8))
+        loss_d = F.binary_cross_entropy_with_logits(real_logits, torch.full((8,), 1 - smoothing))
         loss_d = loss_d + F.binary_cross_entropy_with_logits(fake_logits, torch.zeros(8))
         loss_d.backward()
         norm = torch.sqrt(sum((p.grad**2).sum() for p in d.parameters()))
@@ -158,8 +161,8 @@ def test_both_nets_move_at_the_rate_of_the_step(step):
     play = game(decay=1.0)
     nets = (play.generator, play.discriminator)
     before = [weights(net) for net in nets]
-    play.set_learning_rate(step)
-    play.step(step, *batch())
+    real, _, z = batch()
+    Player(play, graph=False).play(step, Batch(real.add(1).mul(127.5).byte(), torch.zeros(8), z))
     for net, old in zip(nets, before, strict=True):
         assert (weights(net) - old).abs().max().item() == pytest.approx(2e-4 * (10 - step) / 10, rel=0.01)
 

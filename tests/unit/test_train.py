@@ -2,16 +2,19 @@
 
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from fabricated import write_store
 from PIL import Image
 
-from dcgan import checkpoint, distributed, keeper, models, sampling, train
+from dcgan import checkpoint, distributed, features, keeper, models, pictures, sampling, train
 from dcgan.config import validate
 from dcgan.data import batches
+from dcgan.data.store import Description
 from dcgan.distributed import Place
 from dcgan.player import Player
 from dcgan.run import Run, read_lines
@@ -85,21 +88,65 @@ def test_a_run_holds_all_it_should(make_run):
     assert not (run.path / "events.jsonl").exists()
 
 
-def test_metrics_are_means_over_the_steps_since_the_last_line(make_run):
-    run = make_run()
+@pytest.mark.parametrize(("seed", "z"), [(0, "uniform"), (3, "normal")])
+def test_metrics_are_means_over_the_steps_since_the_last_line(make_run, seed, z):
+    run = make_run(seed=seed, model={"z": z})
     train.train(run)
     store = run.store()
     settings = run.experiment.train
-    game = Game(*models.build(run.experiment.model, 1, 2, 28, 0), settings, Place(0, 1, torch.device("cpu")))
-    data = batches.Batches(store, ("train",), 8, 0, game.place, run.experiment.model)
+    game = Game(*models.build(run.experiment.model, 1, 2, 28, seed), settings, Place(0, 1, torch.device("cpu")))
+    data = batches.Batches(store, ("train",), 8, seed, game.place, run.experiment.model)
     losses = []
     for step in range(4):
         real = torch.from_numpy(store.images("train")[data.rows(step)]).float() / 127.5 - 1
-        losses.append(game.step(step, real, None, torch.from_numpy(batches.noise("uniform", (8, 3), 0, step))))
+        losses.append(game.step(step, real, None, torch.from_numpy(batches.noise(z, (8, 3), seed, step))))
     for first, line in zip((0, 2), run.metrics(), strict=False):
         for name, value in losses[first].items():
             expected = (value + losses[first + 1][name]) / 2
             assert line[name] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_a_line_counts_the_time_of_its_steps_alone(monkeypatch):
+    now = [10.0]
+    monkeypatch.setattr(train.time, "perf_counter", lambda: now[0])
+    restarted = []
+    player = SimpleNamespace(
+        counts={"d_loss": 2}, sums={"d_loss": torch.tensor(3.0)}, restart=lambda: restarted.append(1)
+    )
+    window = train.Window(4, 8, Place(0, 1, torch.device("cpu")))
+    with window.paused():
+        now[0] += 100
+    for number in (1, 2):
+        now[0] += 4
+        line = window.close(4 + 2 * number, player)
+        with window.paused():
+            now[0] += 50
+        assert line == {
+            **{"step": 4 + 2 * number, "images": 8 * (4 + 2 * number), "seconds": 4.0},
+            **{"images_per_second": 2 * 8 / 4, "d_loss": 1.5},
+        }
+    assert len(restarted) == 2
+
+
+@pytest.mark.parametrize("z", ["uniform", "normal"])
+def test_a_grid_is_of_the_net_that_is_kept(make_run, z):
+    run = make_run(ema=0.9, model={"z": z})
+    train.train(run)
+    net = checkpoint.load_generator(checkpoint.latest(run))
+    noise = torch.from_numpy(batches.noise(z, (64, 3), 0, sampling.FIXED))
+    expected = pictures.grid(pictures.to_uint8(net(noise).detach().numpy()), 8)
+    found = np.asarray(Image.open(run.samples / "00000010.png"))
+    assert np.abs(found.astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_steps_are_recorded_only_if_the_setting_says_so(make_run, monkeypatch, graph):
+    run, asked = make_run(steps=2), []
+    compute = run.experiment.compute.model_copy(update={"graph": graph})
+    made = Player.__init__
+    monkeypatch.setattr(Player, "__init__", lambda self, game, wanted: asked.append(wanted) or made(self, game, wanted))
+    train.train(replace(run, experiment=run.experiment.model_copy(update={"compute": compute})))
+    assert asked == [graph]
 
 
 @pytest.mark.parametrize("stop", [3, 5, 7])
@@ -217,6 +264,26 @@ def test_the_distance_of_a_checkpoint_is_measured_on_training_images_only(make_r
     assert set(asked) == {"train"}
 
 
+def test_the_splits_trained_on_are_those_of_the_data_set(tmp_path, monkeypatch):
+    """As of STL-10, whose images without labels are, and of SVHN with its extra ones."""
+    pairs = [(np.full((1, 28, 28), i, np.uint8), i % 2) for i in range(20)]
+    about = Description("random", ("a", "b"), 28, 1, "none", training=("extra", "train"))
+    store = write_store(tmp_path, about, {"train": pairs[:8], "extra": pairs, "test": pairs})
+    sections = {
+        "data": {"name": "digits", "size": 28, "home": tmp_path},
+        "model": {"kernel": 4, "width": 2},
+        "train": {"steps": 2, "batch_size": 4, "checkpoint_every": 2, "sample_every": 2},
+        "compute": {"workers": 0, "device": "cpu"},
+    }
+    run, asked = Run.create(validate(sections), store), []
+    shards = type(store).shards
+    monkeypatch.setattr(type(store), "shards", lambda self, *splits: asked.append(splits) or shards(self, *splits))
+    train.train(run)
+    features.extract(run)
+    assert asked.count(("extra", "train")) >= 3, "batches, the distance, BatchNorm's statistics"
+    assert set(asked) == {("extra", "train"), ("train",), ("test",)}
+
+
 def test_fixed_noise_never_meets_training_noise():
     settings = validate({"data": {"name": "digits", "size": 28}, "model": {"z_dim": 3}, "train": {"steps": 1}}).model
     z, labels = sampling.fixed_noise(settings, 0, 8, seed=0)
@@ -298,9 +365,11 @@ def test_each_rank_compares_its_share_of_the_images(make_run):
 
 
 @pytest.mark.parametrize("update", ["both", "alternate"])
-def test_a_collapse_is_told_once_over_a_restart(make_run, monkeypatch, update):
+@pytest.mark.parametrize("checkpoint_every", [5, 10])
+def test_a_collapse_is_told_once_over_a_restart(make_run, monkeypatch, update, checkpoint_every):
+    """Also from the first step on, whose record is not that of the steps that are repeated."""
     monkeypatch.setattr(keeper, "COLLAPSED_LOSS", 1e9)  # every line of the discriminator's is one
-    settings = {"log_every": 1, "update": update}
+    settings = {"log_every": 1, "update": update, "checkpoint_every": checkpoint_every}
     run = make_run(**settings)
     with monkeypatch.context() as patch:
         interrupt_at(patch, 7)

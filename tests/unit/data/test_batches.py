@@ -34,14 +34,25 @@ def small(tmp_path_factory, make_store):
     each=st.integers(1, 4),
     seed=st.integers(0, 2**32 - 1),
     step=st.integers(0, 200),
+    z=st.sampled_from(["uniform", "normal"]),
 )
-def test_ranks_together_see_the_single_process_batch(small, world, each, seed, step):
-    batch = world * each
+def test_ranks_together_see_the_single_process_batch(small, world, each, seed, step, z):
+    batch, model = world * each, MODEL.model_copy(update={"z": z})
     alone = Batches(small, ("train",), batch, seed, place(), MODEL).rows(step)
     shared = [Batches(small, ("train",), batch, seed, place(rank, world), MODEL).rows(step) for rank in range(world)]
     assert np.array_equal(np.concatenate(shared), alone)
-    drawn = [Batches(small, ("train",), batch, seed, place(rank, world), MODEL).z(step) for rank in range(world)]
-    assert np.array_equal(np.concatenate(drawn), batches.noise("uniform", (batch, 3), seed, step))
+    drawn = [Batches(small, ("train",), batch, seed, place(rank, world), model).z(step) for rank in range(world)]
+    assert np.array_equal(np.concatenate(drawn), batches.noise(z, (batch, 3), seed, step))
+
+
+def test_several_splits_are_one_after_the_other(small):
+    both = batches.Images(small, ("train", "test"))
+    rows = np.array([57, 0, 49, 50])
+    whole = np.concatenate([small.images("train"), small.images("test")])
+    assert both.count == len(whole) == 58
+    assert np.array_equal(both.gather(rows), whole[rows])
+    assert np.array_equal(both.resident(torch.device("cpu")).numpy(), whole)
+    assert np.array_equal(both.labels, np.concatenate([small.labels("train"), small.labels("test")]))
 
 
 @settings(max_examples=25, deadline=None)

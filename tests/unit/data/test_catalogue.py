@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fabricated import write_store
 from PIL import Image
 
 from dcgan.cli import main
-from dcgan.data.store import Store
+from dcgan.data.store import Description, Store
 
 Make = Callable[..., Store]
 
@@ -52,6 +53,32 @@ def test_show_describes_and_draws(home: Path, make_store: Make, capsys: pytest.C
     picture = np.asarray(Image.open(home / "sheet.png"))
     assert picture.shape == (3 * 34 + 2, 16 * 34 + 2, 3), "16 of 16 are one row, 20 of 64 are two"
     np.testing.assert_array_equal(picture[2:34, 2:34], store.images("test")[0].transpose(1, 2, 0))
+
+
+def test_images_without_labels_can_be_shown(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (path,) = (path for path in (home / "stores").glob("[0-9a-f]*") if not Store.open(home, path.name).classes)
+    assert main(["data", "show", path.name, "--out", str(home / "sheet.png")]) == 0
+    assert "train classes: no labels" in capsys.readouterr().out
+
+
+def test_images_are_shown_from_all_shards_and_many_classes_as_a_range(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DCGAN_HOME", str(tmp_path))
+    pairs = [(np.full((1, 28, 28), 10 * i, np.uint8), i % 20) for i in range(24)]
+    about = Description("random", tuple(map(str, range(20))), 28, 1, "none")
+    store = write_store(tmp_path, about, {"train": pairs}, shard_images=5)
+    assert main(["data", "show", store.fingerprint, "--count", "24", "--out", str(tmp_path / "sheet.png")]) == 0
+    assert "train classes: 20 of 1 to 2 images" in capsys.readouterr().out
+    picture = np.asarray(Image.open(tmp_path / "sheet.png"))
+    cells = [picture[2 + 30 * (i // 16) + 5, 2 + 30 * (i % 16) + 5] for i in range(24)]
+    assert [int(cell) for cell in cells] == [10 * i for i in range(24)]
+    assert main(["data", "show", store.fingerprint, "--count", "3", "--out", str(tmp_path / "sheet.png")]) == 0
+    picture = np.asarray(Image.open(tmp_path / "sheet.png"))
+    assert [int(picture[7, 7 + 30 * i]) for i in range(4)] == [0, 110, 230, 255], "evenly spaced"
+    (store.path / "train-00001.npy").write_bytes(b"")
+    assert main(["data", "list"]) == 0
+    assert "damaged: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("word", "message"), [("zz", "'zz' is the beginning of no stores"), ("", "of 2 stores")])

@@ -101,11 +101,20 @@ def test_other_tags_that_are_not_as_they_should_be_do_not_matter() -> None:
     np.testing.assert_array_equal(decode(wrong, 32, exif=True), right)
 
 
-def test_exif_is_followed_where_asked() -> None:
+@pytest.mark.parametrize(("kind", "side"), [("PNG", 40), ("JPEG", 40), ("JPEG", 256)])
+def test_exif_is_followed_where_asked(kind: str, side: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees
-    raw = encoded(photograph(40, 40), "PNG", exif=exif)
-    np.testing.assert_allclose(decode(raw, 32, exif=True), np.rot90(decode(raw, 32), -1, (1, 2)), atol=1)
+    raw = encoded(photograph(side, side), kind, exif=exif)
+    found = np.rot90(decode(raw, 32), -1, (1, 2)).astype(int)
+    assert np.abs(decode(raw, 32, exif=True) - found).mean() < 2, "turned before it is scaled, at full size"
+
+
+def test_a_jpeg_of_too_many_pixels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = encoded(photograph(64, 64))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)
+    with pytest.raises(UnreadableError, match="pixels are more than"):  # and nothing else is tried, which would warn
+        decode(raw, 32)
 
 
 def bomb() -> bytes:

@@ -3,16 +3,19 @@
 import logging
 import shutil
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from dcgan import storage
 from dcgan.config import Data, DataSet, build
-from dcgan.data import sources
+from dcgan.data import ingest as ingestion
+from dcgan.data import shards, sources
 from dcgan.data.ingest import ingest
 from dcgan.data.sources import digits
+from dcgan.data.sources.base import Opened
 from dcgan.data.store import Store
 
 
@@ -80,6 +83,58 @@ def test_a_changed_tree_is_another_store(tmp_path: Path) -> None:
 def test_the_place_of_the_input_does_not_matter(tmp_path: Path) -> None:
     first = ingest(folder(tree(tmp_path / "here")), tmp_path / "home")
     assert ingest(folder(tree(tmp_path / "elsewhere")), tmp_path / "home") == first
+
+
+def test_what_does_not_change_the_images_is_no_reason_to_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, home = tree(tmp_path / "images"), tmp_path / "home"
+    first = ingest(folder(root), home)
+
+    def unread(data: Data, downloads: Path) -> None:
+        raise AssertionError("read again")
+
+    monkeypatch.setattr(sources.SOURCES["folder"], "read", unread)
+    assert ingest(folder(root, home=home, cache_gb=5.0, offline=True), home) == first
+    monkeypatch.setattr(ingestion, "TRANSFORM", "another")
+    with pytest.raises(AssertionError, match="read again"):
+        ingest(folder(root), home)
+
+
+def test_one_input_is_ingested_by_one_process_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, home, read = tree(tmp_path / "images"), tmp_path / "home", sources.SOURCES["folder"].read
+
+    def reading(data: Data, downloads: Path) -> Opened:
+        monkeypatch.setattr(sources.SOURCES["folder"], "read", read)
+        with pytest.raises(storage.BusyError, match="is being written by process"):
+            ingest(folder(root), home)
+        return read(data, downloads)
+
+    monkeypatch.setattr(sources.SOURCES["folder"], "read", reading)
+    ingest(folder(root), home)
+
+
+def test_only_the_room_for_what_is_missing_is_required(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, home = tree(tmp_path / "images"), tmp_path / "home"
+    whole, each = 30 * 3 * 28 * 28, 4 * 3 * 28 * 28
+    monkeypatch.setattr(shards, "BYTES", each)
+    made = shards.make
+
+    def fails(job: shards.Job) -> dict[str, Any]:
+        if job.number == 3:
+            raise KeyboardInterrupt
+        return made(job)
+
+    monkeypatch.setattr(shards, "make", fails)
+    with pytest.raises(KeyboardInterrupt):
+        ingest(folder(root), home)
+    monkeypatch.setattr(shards, "make", made)
+    usage = shutil.disk_usage(home)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=each))
+    with pytest.raises(OSError, match="of images are to be written"):
+        ingest(folder(root), home)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=whole - 3 * each))
+    assert ingest(folder(root), home)
 
 
 def test_nothing_is_written_outside_stores_and_downloads(tmp_path: Path) -> None:

@@ -153,3 +153,16 @@ def test_writing_again_mends_a_damaged_store(tmp_path: Path, make_store: Make) -
 def test_an_unknown_fingerprint_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no image store 0123456789abcdef under .*: run `dcgan ingest` first"):
         Store.open(tmp_path, "0123456789abcdef")
+
+
+@settings(max_examples=20, deadline=None)
+@given(count=st.integers(1, 80), channels=st.sampled_from([1, 3]), bright=st.booleans())
+def test_the_sums_of_pixels_are_exact(count: int, channels: int, bright: bool) -> None:
+    """They are part of the manifest, so the same images must give the same sums on every machine."""
+    low = 254 if bright else 0
+    images = np.random.default_rng(count).integers(low, 256, (count, channels, 128, 128), np.uint8)
+    whole = images.astype(np.int64)
+    assert shards.statistics(images) == {
+        "sums": whole.sum((0, 2, 3)).tolist(),
+        "squares": (whole**2).sum((0, 2, 3)).tolist(),
+    }

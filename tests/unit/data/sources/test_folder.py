@@ -164,6 +164,21 @@ def test_exif_orientation_is_applied(tmp_path: Path, orientation: int) -> None:
             np.testing.assert_array_equal(image, seen.transpose(2, 0, 1))
 
 
+def test_what_is_stored_is_upright(tmp_path: Path) -> None:
+    upright = np.random.default_rng(0).integers(0, 256, (28, 28, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for i in range(20):
+        upright[0, 0, 0] = i
+        (tmp_path / "tree" / "a").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.ascontiguousarray(np.rot90(upright))).save(tmp_path / "tree" / "a" / f"{i}.png", exif=exif)
+    store = Store.open(tmp_path, ingest(given(tmp_path / "tree"), tmp_path))
+    for split in store.splits:
+        for image in store.images(split):
+            upright[0, 0, 0] = image[0, 0, 0]
+            assert np.array_equal(image.transpose(1, 2, 0), upright)
+
+
 NOT_IMAGES = {
     "text": b"not an image",
     "empty": b"",
@@ -206,6 +221,11 @@ def test_an_unreadable_image_is_refused_or_skipped_by_name(
     assert store.manifest["skipped"] == ["cats/bad.png"]
     assert "cats/bad.png skipped" in caplog.text
     assert store.count("train") + store.count("test") == 20
+    (tree / "cats" / "bad.png").unlink()
+    whole = Store.open(home, ingest(given(tree), home))
+    for split in store.splits:
+        assert np.array_equal(store.images(split), whole.images(split))
+        assert np.array_equal(store.labels(split), whole.labels(split))
 
 
 def test_what_was_skipped_is_refused_before_other_images_are_decoded(

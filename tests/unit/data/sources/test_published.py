@@ -9,9 +9,11 @@ import random
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -313,6 +315,35 @@ def test_credentials_are_sent_and_never_shown(
     assert "no password is known for 127.0.0.1: line 2 of" in caplog.text
     assert "cret" not in caplog.text
     assert "Authorization" not in mirror.log[-1].headers
+
+
+def test_credentials_are_not_sent_where_a_server_redirects_to(
+    make_mirror: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mirror = make_mirror(f=GOOD)
+    elsewhere = mirror.address.replace("127.0.0.1", "localhost")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password s@cret\n")
+    with HTTPServer(("127.0.0.1", 0), redirect_to(f"{elsewhere}/f")) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assert get(tmp_path / "d", f"http://127.0.0.1:{server.server_port}") == GOOD
+        server.shutdown()
+    assert mirror.log
+    assert all("Authorization" not in seen.headers for seen in mirror.log)
+
+
+def redirect_to(address: str) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            assert self.headers["Authorization"]
+            self.send_response(302)
+            self.send_header("Location", address)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    return Handler
 
 
 # How often it is asked
