@@ -9,8 +9,10 @@ from pathlib import Path
 
 import fabricated
 import pytest
+import torch
 
-from dcgan import checkpoint, preemption, stages, storage
+from dcgan import checkpoint, distributed, preemption, stages, storage
+from dcgan.distributed import Place
 from dcgan.run import Run
 from dcgan.step import Game
 
@@ -155,6 +157,16 @@ def test_an_ignored_sigterm_stays_ignored_and_another_thread_changes_nothing(run
     thread.start()
     thread.join()
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cpu", [True, True]), ("cuda", [False, True])])
+def test_several_gpus_agree_only_where_they_are_waited_for(
+    run: Run, monkeypatch: pytest.MonkeyPatch, device: str, expected: list[bool]
+) -> None:
+    monkeypatch.setattr(distributed, "any_rank", lambda seen, place: seen)
+    (run.path / preemption.FILE).touch()
+    asked = preemption.Request(run, Place(0, 2, torch.device(device)))
+    assert [asked(waiting=False), asked(waiting=True)] == expected
 
 
 def test_ranks_stop_together_at_the_same_step(run: Run) -> None:

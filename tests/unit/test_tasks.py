@@ -21,6 +21,11 @@ def test_what_the_network_did_is_tried_again(error: Exception, again: bool) -> N
     assert tasks._is_transient(None, None, Failed(data=error)) is again  # type: ignore[arg-type]
 
 
+def test_only_what_uses_the_network_asks_why_it_failed() -> None:
+    assert tasks.ingest.retry_condition_fn is tasks._is_transient
+    assert (tasks.ingest.retries, tasks.ingest.retry_delay_seconds) == (3, [10, 60, 120])
+
+
 def test_what_may_take_days_has_no_limit() -> None:
-    for task in (tasks.ingest, tasks.train, tasks.measure_row):
+    for task in (tasks.ingest, tasks.train, tasks.extract, tasks.evaluate, tasks.measure_row):
         assert task.timeout_seconds is None
