@@ -62,7 +62,7 @@ class Experiment(Section):
                 "BatchNorm needs two"
             )
         if self.model.kernel == 3 and self.data.size == 28:
-            raise ValueError("model.kernel=3 makes 32, 64 or 128 pixels, not data.size=28")
+            raise ValueError("model.kernel=3 makes 32, 64, 96 or 128 pixels, not data.size=28")
         if self.data.name == "folder" and not self.data.source:
             raise ValueError("data.name=folder needs data.source=DIRECTORY, a tree of images")
         for key, names in ONLY_FOR.items():

@@ -23,7 +23,8 @@ from dcgan.convolution.modules import Conv2d, ConvTranspose2d
 INIT_STD = 0.02  # paper, section 4: weights ~ N(0, 0.02); the code draws BatchNorm's gamma from N(1, 0.02)
 SLOPE = 0.2  # paper, section 4: LeakyReLU's
 GEOMETRY = {3: (1, 1), 4: (1, 0), 5: (2, 1)}  # kernel: padding, and output padding of a transposed stride-2 layer
-STEM = {28: (7, 2), 32: (4, 3), 64: (4, 4), 128: (4, 5)}  # image size: smallest map, number of halvings down to it
+# Image size: smallest map, number of halvings down to it.
+STEM = {28: (7, 2), 32: (4, 3), 64: (4, 4), 96: (6, 4), 128: (4, 5)}
 
 
 def initialise(module: nn.Module, generator: torch.Generator) -> None:

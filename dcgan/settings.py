@@ -47,7 +47,7 @@ class Data(Section):
     """Which images, from where, at which size."""
 
     name: DataSet = Field(description="the data set")
-    size: Literal[28, 32, 64, 128] = Field(
+    size: Literal[28, 32, 64, 96, 128] = Field(
         description="pixels per side: a centre crop of the shorter side, resized with antialiasing"
     )
     source: str | None = Field(

@@ -57,7 +57,6 @@ TABLE = Table(
     tuple(row for preset, name in DATA.items() for row in _rows(preset, name)),
     "Train and test merged; as many clusters as classes; the start of lowest inertia is scored. Features come from "
     "all convolution layers, pooled to 4x4 and unscaled. It is not known which layers, which mean of the entropies, or "
-    "how many starts the published figures used; their NMI is listed under the arithmetic mean. STL-10, ImageNet-10 "
-    "and ImageNet-Dog-15 were published at 96 px and are 64 px here. Of Tiny-ImageNet train alone is clustered, as "
-    "published.",
+    "how many starts the published figures used; their NMI is listed under the arithmetic mean. Of "
+    "Tiny-ImageNet train alone is clustered, as published.",
 )

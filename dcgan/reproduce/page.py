@@ -91,6 +91,7 @@ def _origin(row: Row, record: dict[str, Any] | None) -> str:
     spreads = {f"{of}" for _, _, of in record["figures"].values() if of}
     parts = [
         record["scale"],
+        f"{record['seeds']} seed{'s' * (record['seeds'] > 1)}",
         *(f"± over {of}" for of in sorted(spreads)),
         *(f"{key}: {_value(value)}" for key, value in record["choices"].items()),
         f"the command took {duration(record['seconds'])}",

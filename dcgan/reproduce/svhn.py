@@ -64,14 +64,14 @@ def _on_features(evaluator: Evaluator, setting: Setting) -> Measured:
     run = setting.extracted("svhn", ["svm_few_labels"], DRAWS)  # whose draws these are
     found = {
         source: _error(scoring.of_run(run, evaluator, source).values, evaluator.name, planned.draws)
-        for source in ("discriminator", "random_init")
+        for source in scoring.REPRESENTATIONS
     }
     words = f"{scale(run)}; {_labels(planned.labels_per_class)}"
     choices = {f"{source} {key}": value for source, (_, values) in found.items() for key, value in values.items()}
     return Measured(
         found["discriminator"][0],
         words,
-        {"random init": found["random_init"][0]},
+        {"random init": found["random_init"][0], "raw pixels": found["raw_pixels"][0]},
         {**choices, "checkpoint": checkpoint_rule(run)},
         (run.name,),
     )

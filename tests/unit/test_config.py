@@ -269,7 +269,7 @@ SETTINGS = st.fixed_dictionaries(
         "data": st.fixed_dictionaries(
             {
                 "name": st.just("digits"),
-                "size": st.sampled_from([28, 32, 64, 128]),
+                "size": st.sampled_from([28, 32, 64, 96, 128]),
                 "source": SOURCES,
                 "home": st.none() | PATHS,
                 "test_fraction": st.floats(0, 1, exclude_min=True, exclude_max=True),

@@ -14,7 +14,7 @@ from convolutions import on_processor, recorded, recorded_operations
 
 from dcgan import models
 from dcgan.config import Model, Train
-from dcgan.convolution import modules, patches, subpixel, winograd
+from dcgan.convolution import im2col, modules, patches, subpixel, winograd
 from dcgan.data.batches import Batches
 from dcgan.distributed import Place
 from dcgan.player import Player
@@ -75,6 +75,16 @@ def test_losses_by_winograds_filtering_are_those_of_the_plain_step(digits_store,
     np.testing.assert_allclose(got[:10], expected[:10], rtol=1e-3)
     np.testing.assert_allclose(windows(got), windows(expected), rtol=TOLERANCE)
     assert len(calls) == STEPS * (3 * 3 + 3)
+
+
+def test_losses_by_products_over_patches_next_to_the_image_are_those_of_the_plain_step(digits_store, monkeypatch):
+    on_processor(monkeypatch, "AVX2")
+    monkeypatch.setattr(modules, "LIMIT", 0.0)  # or Winograd's filtering might be chosen there, too
+    calls = recorded(monkeypatch, im2col)
+    expected, got = np.array(json.loads(FILE.read_text())), play(digits_store, memory_format="channels_last")
+    np.testing.assert_allclose(got[:10], expected[:10], rtol=1e-3)
+    np.testing.assert_allclose(windows(got), windows(expected), rtol=TOLERANCE)
+    assert (calls.count("Convolution"), calls.count("Transposed")) == (3 * STEPS, STEPS)
 
 
 @pytest.mark.parametrize(

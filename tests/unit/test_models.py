@@ -46,7 +46,7 @@ def test_imagenet_features_number_exactly_28672():
 
 
 @pytest.mark.parametrize("kernel", [3, 4, 5])
-@pytest.mark.parametrize("size", [28, 32, 64, 128])
+@pytest.mark.parametrize("size", [28, 32, 64, 96, 128])
 @pytest.mark.parametrize("conditional", [False, True])
 def test_every_size_and_kernel_makes_images_of_that_size(kernel, size, conditional):
     model = Model(kernel=kernel, width=2, z_dim=3, conditional=conditional)

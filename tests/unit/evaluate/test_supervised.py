@@ -290,7 +290,7 @@ X, Y = TRAIN
     ("splits", "settings", "message"),
     [
         (((X.astype(np.float32), Y), VALIDATION, TEST), {}, r"train has float32 images .*, not uint8 \(N, C, H, W\)"),
-        (((X[:, :, :27, :27], Y), VALIDATION, TEST), {}, r"H = W one of 28, 32, 64, 128"),
+        (((X[:, :, :27, :27], Y), VALIDATION, TEST), {}, r"H = W one of 28, 32, 64, 96, 128"),
         (((X[:, 0], Y), VALIDATION, TEST), {}, r"train has uint8 images \(60, 28, 28\)"),
         ((TRAIN, VALIDATION, (X[:0], Y[:0])), {}, r"test has uint8 images \(0, 1, 28, 28\)"),
         ((TRAIN, images(30, channels=3), TEST), {}, r"validation has images \(3, 28, 28\) and train \(1, 28, 28\)"),

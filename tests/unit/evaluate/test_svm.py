@@ -1,5 +1,8 @@
 """The L2-SVM against scikit-learn's LinearSVC, and both of its protocols."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits
@@ -19,6 +22,30 @@ def many_blocks(monkeypatch):
     """As features of full size have: those of the tests would be a single one."""
     monkeypatch.setitem(samples.BLOCK_BYTES, "cpu", 1)  # 16 rows
     monkeypatch.setattr(products, "COLUMNS", 50)
+
+
+PEAK = """
+import re, sys
+from pathlib import Path
+import numpy as np
+from dcgan.evaluate.svm import L2SVM
+
+def status(key):
+    return 1024 * int(re.search(rf"^{key}:\\s+(\\d+)", Path("/proc/self/status").read_text(), re.MULTILINE)[1])
+
+rng = np.random.default_rng(0)
+x, y = rng.standard_normal((8_000, 8_192), np.float32), rng.integers(0, 10, 8_000)
+L2SVM(C=1e-4).fit(x[:100], y[:100])  # what libraries load on first use is not the solver's
+Path("/proc/self/clear_refs").write_text("5")  # the highest so far is forgotten
+before = status("VmRSS")
+L2SVM(C=1e-4).fit(x, y)
+print((status("VmHWM") - before) / x.nbytes)
+"""
+
+
+def test_beyond_the_features_little_memory_is_needed():
+    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 0.3
 
 
 def digits(scaled=True):

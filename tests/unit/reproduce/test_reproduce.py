@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fabricated import write_store
 from hypothesis import given
 from hypothesis import strategies as st
 from mlflow import MlflowClient
@@ -19,6 +20,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from dcgan import (
     checkpoint,
+    cluster_search,
     config,
     environment,
     reproduce,
@@ -29,7 +31,7 @@ from dcgan import (
     tracking,
     tracking_rows,
 )
-from dcgan.data.store import Store
+from dcgan.data.store import Description, Store
 from dcgan.evaluate import EVALUATORS, samples
 from dcgan.evaluate.published import PAPER, PUBLISHED
 from dcgan.evaluate.samples import NotConvergedError
@@ -232,9 +234,10 @@ def test_a_row_on_features_goes_on_with_the_bank_that_failed(
         svhn._on_features(evaluator, setting)
     found = svhn._on_features(evaluator, setting)
     assert seen[0] != seen[1] == seen[2]
-    assert len(seen) == 3
+    assert len(seen) == 4
     assert found.figures["error"].value == 0.75
     assert found.controls["random init"]["error"].value == 0.25
+    assert found.controls["raw pixels"]["error"].value == 0.0
     assert found.choices["discriminator c"] == 0.25
 
 
@@ -576,6 +579,25 @@ def test_a_row_trains_the_net_that_its_table_says(
     assert {key: given[key.split(".")[0]][key.split(".")[1]] for key in expected} == expected
 
 
+def test_a_supervised_row_searches_on_what_is_held_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    pairs = [(rng.integers(0, 256, (3, 32, 32), np.uint8), i % 10) for i in range(60)]
+    about = Description("svhn", tuple("0123456789"), 32, 3, "none")
+    store = write_store(tmp_path, about, {"train": pairs, "validation": pairs[:20], "test": pairs[20:30]})
+    monkeypatch.setattr(svhn, "TRIALS", 2)
+    monkeypatch.setattr(Setting, "images", lambda self, *words: (store, self.experiment(*words).evaluate))
+    words = (f"data.home={tmp_path}", "model.width=2", "evaluate.labels_per_class=5", "compute.workers=0")
+    setting = Setting(svhn.SVHN, words, 0, tmp_path / "row")
+    found = svhn._supervised(setting)
+    assert found.scale == "2 trials; 50 labels"
+    assert 0 <= found.figures["error"].value <= 1
+    assert found.choices["trial"] in (0, 1)
+    assert len(list((tmp_path / "row").glob("*.json"))) == 2, "each trial is kept"
+    searching = svhn._search(replace(setting, overrides=words[:-1]))
+    assert isinstance(searching, partial)
+    assert (searching.func, searching.keywords["gpus"]) == (cluster_search.search, 0)
+
+
 def test_real_digits_are_as_many_as_the_row_says(tiny: tuple[str, ...], tmp_path: Path) -> None:
     setting = Digits(DIGITS, tiny, 0, tmp_path / "row")
     store, _ = setting.images("mnist")
@@ -616,6 +638,7 @@ def test_the_page_shows_published_measured_controls_and_reasons(tiny: tuple[str,
     assert "| quoted | 75.00 | not measured | not measured |" in text
     assert "- **unstandardised**, **broken**, **trained**: not measured: not run yet." in text
     assert f"`dcgan reproduce tiny counted {tiny[0]}`" in text
+    assert "- **counted**: seed 0; 1 seed; the command took" in text
     for table in reproduce.TABLES.values():
         assert f"## {table.title}\n" in text
 
@@ -679,6 +702,12 @@ def test_test_labels_decide_no_choice(tiny: tuple[str, ...], monkeypatch: pytest
     shutil.rmtree(home(tiny) / "scores")
     assert _chosen(run)[0] == chosen
     assert all(now < before for now, before in zip(_chosen(run)[1], accuracy, strict=True))
+    other = home(tiny).with_name("other")
+    again = Setting(DIGITS, (f"data.home={other}", *overrides[1:]), 0, other).extracted(
+        "digits", protocols, "evaluate.draws=2"
+    )
+    assert checkpoint.chosen(again).name == checkpoint.chosen(run).name, "trained and chosen beside those labels"
+    assert _chosen(again)[0] == chosen
 
 
 def _chosen(run: Any) -> tuple[dict[str, float], list[float]]:
