@@ -1,7 +1,6 @@
 """Where and with what this process runs: Python, packages, processors, and the commit of the code."""
 
 import importlib.metadata
-import os
 import platform
 import shutil
 import subprocess
@@ -20,7 +19,7 @@ def describe() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "system": platform.platform(),
-        "cpu": f"{os.cpu_count()} x {_cpu()}",
+        "cpu": f"{cpus()} x {_cpu()}",
         "gpu": _output(["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]).splitlines(),
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
         **_git(),

@@ -1,8 +1,8 @@
 """Features, clusters, neighbours, beside the least they could cost: python tests/benchmarks/bench_evaluation.py [-h]
 
 Extraction (images of a store to arrays on disk) beside the bare forward passes of the same net on images in memory,
-in turn; our k-means beside scikit-learn's, on the same features with as many starts, seconds and inertia of each; and
-the nearest generated image of each real one by bounds beside all pairs. The SVM's are in bench_svm.py.
+in turn; our k-means beside scikit-learn's, on the same synthetic clusters with as many starts, seconds and inertia of
+each; and the nearest generated image of each real one by bounds beside all pairs. The SVM's are in bench_svm.py.
 """
 
 import argparse
@@ -36,6 +36,8 @@ def in_turn(works: dict[str, Callable[[], object]], repeats: int) -> dict[str, l
         for name, work in works.items():
             began = time.perf_counter()
             work()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             if repeat:
                 times[name].append(time.perf_counter() - began)
     return times
@@ -51,6 +53,7 @@ def extraction(directory: Path, size: int, device: str, repeats: int) -> None:
     shape = (features.BATCH, 3, size, size)
     images = [torch.rand(shape, device=place.device).contiguous(memory_format=layout(place.device)) for _ in range(4)]
 
+    @features.EXACT
     @torch.no_grad()
     def forward() -> None:
         for number in range(features.PART // features.BATCH):
@@ -75,11 +78,10 @@ def clustering(samples: int, width: int, device: str, repeats: int, starts: int 
     rng = np.random.default_rng(0)
     centres = rng.standard_normal((10, width))
     x = (0.2 * centres[rng.integers(10, size=samples)] + rng.standard_normal((samples, width))).astype(np.float32)
-    wide = Samples.centred(x, torch.device(device))
     inertia: dict[str, float] = {}
 
     def ours() -> None:
-        inertia["ours"] = kmeans(wide, 10, starts, 0).inertia
+        inertia["ours"] = kmeans(Samples.centred(x, device), 10, starts, 0).inertia
 
     def theirs() -> None:
         inertia["theirs"] = float(KMeans(10, n_init=starts, random_state=0).fit(x).inertia_)

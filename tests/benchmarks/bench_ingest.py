@@ -88,6 +88,8 @@ def rate(tree: Path, home: Path, workers: int) -> float:
             yield record
 
     ours(tree, watched)
+    if len(times) < 4 * workers:
+        raise ValueError(f"{len(times)} shards for {workers} processes: --images has to be larger to see a rate")
     first = times[workers - 1][0]  # by then every worker runs
     return sum(count for _, count in times[workers:]) / (times[-1][0] - first)
 

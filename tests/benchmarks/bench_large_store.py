@@ -57,7 +57,7 @@ class Files:
 
 def status(key: str) -> float:
     lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line.split()[1] for line in lines if line.startswith(key))) / 1e6
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(key))) / 1e9
 
 
 def read_bytes() -> int:
@@ -87,6 +87,7 @@ def main() -> None:
         speeds: dict[str, list[float]] = {name: [] for name in stores}
         waits: dict[str, list[float]] = {name: [] for name in stores}
         read: dict[str, int] = dict.fromkeys(stores, 0)
+        own = 0.0
         for block in range(chosen.blocks + 1):  # the first warms up
             for name, store in stores.items():
                 if name == "large":
@@ -101,6 +102,7 @@ def main() -> None:
                         asked = time.perf_counter()
                         batch = next(stream)
                         waited += time.perf_counter() - asked
+                        own = max(own, status("RssAnon"))
                     seconds = time.perf_counter() - began
                 if block:
                     speeds[name].append(chosen.steps * BATCH / seconds)
@@ -114,7 +116,7 @@ def main() -> None:
             )
         ratios = sorted(a / b for a, b in zip(speeds["large"], speeds["resident"], strict=True))
         print(f"large / resident: {statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})")
-        print(f"own memory at its highest {status('RssAnon'):.2f} GB now, maps {status('RssFile'):.2f} GB")
+        print(f"own memory at its highest {own:.2f} GB; of the maps {status('RssFile'):.2f} GB at the end")
 
 
 if __name__ == "__main__":

@@ -167,24 +167,29 @@ def compare_inputs(size: int, count: int, device: torch.device, pairs: int, bloc
                 steps[name] += 1
 
         times: dict[str, list[float]] = {name: [] for name in steps}
-        for pair in range(pairs + 1):
-            for name in steps:
-                for process in multiprocessing.active_children():
-                    os.kill(int(process.pid or 0), signal.SIGCONT if name == "eager" else signal.SIGSTOP)
-                number, began = 0, time.perf_counter()
-                while time.perf_counter() - began < block or number < 2:
-                    one(name)
-                    number += 1
-                wait(device)
-                if pair:
-                    times[name].append((time.perf_counter() - began) / number)
-        stream.close()
-        for process in multiprocessing.active_children():
-            os.kill(int(process.pid or 0), signal.SIGCONT)
+        try:
+            for pair in range(pairs + 1):
+                for name in steps:
+                    _signal_loaders(signal.SIGCONT if name == "eager" else signal.SIGSTOP)
+                    number, began = 0, time.perf_counter()
+                    while time.perf_counter() - began < block or number < 2:
+                        one(name)
+                        number += 1
+                    wait(device)
+                    if pair:
+                        times[name].append((time.perf_counter() - began) / number)
+        finally:  # or the interpreter would wait at its end for processes that are stopped
+            stream.close()
+            _signal_loaders(signal.SIGCONT)
     ratios = sorted(e / t for e, t in zip(times["eager"], times["ours"], strict=True))
     eager_ms, ours_ms = (1e3 * statistics.median(times[name]) for name in times)
     middle = statistics.median(ratios)
     return {"ratio": middle, "lowest": ratios[0], "highest": ratios[-1], "eager_ms": eager_ms, "ms": ours_ms}
+
+
+def _signal_loaders(number: int) -> None:
+    for process in multiprocessing.active_children():
+        os.kill(int(process.pid or 0), number)
 
 
 def profile(size: int, count: int, device: torch.device, steps: int = 20) -> None:

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench_step import wait
 from fabricated import write_store
 
-from dcgan import checkpoint, keeper, memory, models, train
+from dcgan import checkpoint, environment, keeper, memory, models, train
 from dcgan import stages as pipeline
 from dcgan.config import Experiment, validate
 from dcgan.data.batches import Batches
@@ -41,6 +41,7 @@ from dcgan.run import Run
 from dcgan.step import Game
 
 TURNS = 40
+ELSEWHERE = ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")  # what would run on servers that are not stopped in between
 UNCOUNTED = 2  # steps of a turn: by hand at 034cf2e, the first took 12 % more in the system, the second 7, the others 5
 
 
@@ -84,6 +85,7 @@ def new_game(run: Run, place: Place, ema: float) -> Game:
 def loop(run: Run) -> Iterator[None]:
     """The steps alone; yields after each."""
     memory.keep()
+    torch.set_num_threads(environment.cpus())  # as a Ray worker has them
     place, settings, store = place_of(run), run.experiment.train, run.store()
     player = Player(new_game(run, place, 0.0), run.experiment.compute.graph)
     data = Batches(store, store.training, settings.batch_size, settings.seed, place, run.experiment.model)
@@ -141,6 +143,7 @@ class Side:
         self.pipe = os.open(run.path / f"{name}.pipe", os.O_RDWR)  # for writing, too: or it would end with each writer
         self.process = subprocess.Popen(
             [sys.executable, __file__, "--run", str(run.path), "--side", name],
+            env={key: value for key, value in os.environ.items() if key not in ELSEWHERE},
             start_new_session=True,  # the kernel hangs up a session that loses its shell while some of it is stopped
         )
 
@@ -247,7 +250,9 @@ def parts(run: Run, repeats: int = 5) -> dict[str, float]:
     game = new_game(run, place, 0.999)
     keep = keeper.Keeper(run, game, run.store())
     state = checkpoint.snapshot(game, 1, run, run.store())
+    began = time.perf_counter()
     keep._distance()
+    first = 1e3 * (time.perf_counter() - began)
     works = {
         "moving average, a step": game._update_average,
         "a line on disk": lambda: keeper.append(run.path / "scratch.jsonl", {"step": 1}),
@@ -267,13 +272,15 @@ def parts(run: Run, repeats: int = 5) -> dict[str, float]:
             times.append(time.perf_counter() - began)
         found[name] = 1e3 * statistics.median(times)
     keep.close()
+    found["the training images' side of the distance, once"] = first - found["distance of a checkpoint"]
     return found
 
 
 def compare(home: Path, size: int, steps: int, device: str) -> dict[str, Any]:
     """Seconds of each turn of the bare loop and of the system's; who is not in turn is stopped, with all its processes.
 
-    "beside": the processor seconds a second of turns that each of the system's processes took. Raises ValueError if the
+    "beside": the processor seconds that each of the system's processes took a second in which they ran; their timers
+    also fire for the time in which they were stopped. Raises ValueError if the
     steps are no multiple of TURNS, or too few.
     """
     if steps % TURNS or steps <= UNCOUNTED * TURNS:
@@ -286,22 +293,27 @@ def compare(home: Path, size: int, steps: int, device: str) -> dict[str, Any]:
             stack.callback(sides[-1].close)
             turns[name] = [sides[-1].turn()]
         before = processor_seconds(sides[1].process.pid)
+        seconds = 0.0  # that the system ran: its turns with the steps of them that are not counted
         for _ in range(TURNS - 1):
             for side in sides:
+                began = time.perf_counter()
                 turns[side.name].append(side.turn())
+                seconds += (time.perf_counter() - began) * (side.name == "system")
             print(f"{turns['bare'][-1]:.2f} s bare, {turns['system'][-1]:.2f} s system", flush=True)
-        seconds = sum(turns["system"][1:])
         after = processor_seconds(sides[1].process.pid)
     beside = {name: (spent - before.get(name, 0.0)) / seconds for name, spent in after.items()}
     return {"steps": steps, **turns, "beside": dict(sorted(beside.items(), key=lambda item: -item[1]))}
 
 
 def added(found: dict[str, Any]) -> tuple[float, float]:
-    """By which share the system's turns are longer than the bare loop's, and 1.96 standard errors over the pairs."""
+    """By which share the system's turns are longer than the bare loop's, and 1.96 standard errors over the pairs.
+
+    The last turn, which alone has a grid and a checkpoint, counts for the share and not for its error.
+    """
     bare, system = found["bare"], found["system"]
-    share = sum(system) / sum(bare) - 1
-    rest = [theirs - (1 + share) * ours for theirs, ours in zip(system, bare, strict=True)]
-    return share, 1.96 * statistics.stdev(rest) * len(rest) ** 0.5 / sum(bare)
+    usual = sum(system[:-1]) / sum(bare[:-1]) - 1
+    rest = [theirs - (1 + usual) * ours for theirs, ours in zip(system[:-1], bare[:-1], strict=True)]
+    return sum(system) / sum(bare) - 1, 1.96 * statistics.stdev(rest) * len(rest) ** 0.5 / sum(bare[:-1])
 
 
 def main() -> None:

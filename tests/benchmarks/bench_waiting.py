@@ -21,8 +21,11 @@ POLICIES: dict[str, dict[str, str]] = {"keep their core": {}, "PASSIVE": {"OMP_W
 
 def play(home: Path, steps: int) -> None:
     steps_done, ends = loop(open_run(home, 32, 1000, 0, "cpu")), []
-    for _ in range(steps + 2):
+    for step in range(steps + 2):
         next(steps_done)
+        if step == 0:  # all begin together
+            print("ready", flush=True)
+            sys.stdin.readline()
         ends.append(time.perf_counter())
     print(*(1e3 * (after - before) for before, after in itertools.pairwise(ends[1:])))
 
@@ -31,8 +34,16 @@ def together(home: Path, processes: int, steps: int, policy: dict[str, str]) -> 
     """Milliseconds of each step of this many processes that play at once."""
     command = [sys.executable, __file__, "--home", str(home), "--steps", str(steps)]
     started = [
-        subprocess.Popen(command, env=os.environ | policy, stdout=subprocess.PIPE, text=True) for _ in range(processes)
+        subprocess.Popen(command, env=os.environ | policy, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(processes)
     ]
+    for process in started:
+        assert process.stdout
+        process.stdout.readline()
+    for process in started:
+        assert process.stdin
+        process.stdin.write("go\n")
+        process.stdin.flush()
     return [float(word) for process in started for word in process.communicate()[0].split()]
 
 

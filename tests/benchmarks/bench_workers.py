@@ -63,7 +63,8 @@ def work(size: int, batch: int, steps: int) -> None:
                     dist.all_reduce(buffer)
                 alone = time.perf_counter() - began
         if place.first:
-            print(json.dumps({"seconds": seconds, "bytes": sent[0] / steps, "alone": alone}))
+            print(json.dumps({"seconds": seconds, "bytes": sent[0] / steps, "alone": alone}), flush=True)
+    os._exit(0)  # with a hook in Python, PyTorch 2.15 aborts one process in three as the interpreter ends
 
 
 # (name, bytes a second that a worker sends, seconds that a message takes besides); nominal, assumed
@@ -101,8 +102,8 @@ def model() -> None:
 def run(workers: int, threads: int, size: int, batch: int, steps: int) -> dict[str, float]:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(workers), "--standalone"]
     command += [__file__, "--work", str(size), str(batch), str(steps)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    around = {**os.environ, "OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=around, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
@@ -123,7 +124,11 @@ def main() -> None:
     if chosen.model:
         model()
         return
-    cores = len(os.sched_getaffinity(0))
+    from dcgan import environment
+
+    cores = environment.cpus()
+    if cores % 2:
+        raise ValueError(f"{cores} processors can't be divided between two workers: use taskset to leave one out")
     for size in chosen.size:
         steps = max(5, int(chosen.seconds / run(1, cores, size, chosen.batch, 5)["seconds"]))
         ones, twos, halves = [], [], []

@@ -31,7 +31,8 @@ def measure(device: torch.device, sizes: list[int], pairs: int, steps: int) -> d
     around = environment.describe()
     chosen = numerics(Train(steps=1), device)
     found: dict[str, Any] = {
-        "hardware": around["gpu"][0] if device.type == "cuda" else around["cpu"],
+        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else around["cpu"],
+        "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "commit": environment.commit_of(around),
         "date": datetime.now(UTC).date().isoformat(),
@@ -74,12 +75,13 @@ def tables(records: list[dict[str, Any]]) -> str:
                 f"| {ours['ms']:.1f} | {ours['images_per_second']:,.0f} | {share:.0%} of "
                 f"{record['product'] / 1e12:.2f} Top/s | {spread(ours)} | {spread(row['inputs'])} |"
             )
-    lines += ["", "![Images a second](performance.svg)", "", "Milliseconds of a run's stages, 32 px, batch 128:", ""]
+    lines += ["", "![Images a second](performance.svg)", ""]
+    lines += [f"Milliseconds of a run's stages, {records[0]['step'][0]['size']} px, batch 128:", ""]
     stages = [dict(record["stages"]) for record in records]
     lines.append("| stage | " + " | ".join(record["hardware"] for record in records) + " |")
     lines.append("|---|" + "---:|" * len(records))
-    for name in stages[0]:
-        lines.append(f"| {name} | " + " | ".join(f"{each[name]:.2f}" for each in stages) + " |")
+    for name in dict.fromkeys(name for each in stages for name in each):
+        lines.append(f"| {name} | " + " | ".join(f"{each[name]:.2f}" if name in each else "" for each in stages) + " |")
     lines.append("")
     for record in records:
         origin = f"torch {record['torch']}; commit {record['commit']}; {record['date']}"
@@ -106,12 +108,12 @@ def plot(records: list[dict[str, Any]], file: Path) -> None:
     shape = {"figsize": (2 + 3.5 * len(sizes), 1.3 + 0.6 * len(records)), "layout": "constrained", "squeeze": False}
     figure, panels = plt.subplots(1, len(sizes), sharey=True, **shape)
     for size, axes in zip(sizes, panels[0], strict=True):
-        rows = [(record["hardware"], row) for record in records for row in record["step"] if row["size"] == size]
+        rows = [(place, row) for place, each in enumerate(records) for row in each["step"] if row["size"] == size]
         for offset, name, colour in ((0.2, "eager", "#9aa5b1"), (-0.2, "ours", "#1f6feb")):
             rates = [row[name]["images_per_second"] for _, row in rows]
-            bars = axes.barh([place + offset for place in range(len(rows))], rates, 0.38, label=name, color=colour)
+            bars = axes.barh([place + offset for place, _ in rows], rates, 0.38, label=name, color=colour)
             axes.bar_label(bars, [f"{rate:,.0f} {name}" for rate in rates], padding=3)
-        axes.set_yticks(range(len(rows)), [hardware for hardware, _ in rows])
+        axes.set_yticks(range(len(records)), [record["hardware"] for record in records])
         axes.margins(x=0.5)  # for the labels
         axes.set_xlabel(f"images a second, {size} px, batch 128")
         axes.spines[["top", "right"]].set_visible(False)

@@ -262,7 +262,7 @@ def test_a_processor_is_named_with_the_instructions_that_decide_its_speed(
 ) -> None:
     (tmp_path / "cpuinfo").write_text(f"model name\t: Xeon 9\nflags\t\t: {flags}\n" * 2)
     monkeypatch.setattr(environment, "CPUINFO", tmp_path / "cpuinfo")
-    assert environment.describe()["cpu"] == f"{os.cpu_count()} x {named}"
+    assert environment.describe()["cpu"] == f"{environment.cpus()} x {named}"
 
 
 def test_a_run_recorded_with_a_password_is_shown_without_it(home: Path) -> None:
