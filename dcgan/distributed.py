@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from inspect import signature
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,6 +17,11 @@ from dcgan.numerics import on_cuda
 # A rank that hangs is given up on after this long. A healthy rank waits for rank 0 to score and copy a checkpoint:
 # seconds on a GPU, a minute at 128 px on one CPU core.
 TIMEOUT = timedelta(minutes=10)
+# The name of the option changed in PyTorch 2.13, which warns of the old one in every rank.
+_NAMES = signature(nn.parallel.DistributedDataParallel).parameters
+OWN_BUFFERS: dict[str, Any] = {
+    "forward_sync_buffers" if "forward_sync_buffers" in _NAMES else "broadcast_buffers": False
+}
 
 
 @dataclass(frozen=True)
@@ -77,12 +84,12 @@ def wrap(net: nn.Module, place: Place) -> nn.Module:
     if place.world == 1:
         return net
     if place.device.type != "cuda":
-        return nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
+        return nn.parallel.DistributedDataParallel(net, **OWN_BUFFERS)
     # Built on a side stream, or its collectives can't be recorded (PyTorch's notes on CUDA graphs).
     own, stream = torch.cuda.current_stream(place.device), torch.cuda.Stream(place.device)
     stream.wait_stream(own)  # the weights may still be on their way to the device
     with torch.cuda.stream(stream):
-        wrapped = nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
+        wrapped = nn.parallel.DistributedDataParallel(net, **OWN_BUFFERS)
     own.wait_stream(stream)  # which sends rank 0's to the others
     return wrapped
 

@@ -77,8 +77,8 @@ def ui() -> None:
 
 def _start_servers() -> None:
     named = os.environ.get("MLFLOW_TRACKING_URI") or MLFLOW
-    if urlsplit(named).hostname != "127.0.0.1":  # of this command there may be an older address, in a shell
-        fail("MLFLOW_TRACKING_URI names another server, and this one runs its own: unset it (`dcgan` still uses it)")
+    if urlsplit(named).hostname != "127.0.0.1":  # an older address of its own may still be in a shell
+        fail("this runs an MLflow server of its own, and MLFLOW_TRACKING_URI names another: unset it")
     for server in SERVERS:
         server.start()
     say(f"starting {' and '.join(server.name for server in SERVERS)} ...")

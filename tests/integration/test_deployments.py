@@ -248,6 +248,17 @@ def test_port_that_is_taken_is_named(stack: Stack, tmp_path: Path) -> None:
     assert done.stderr == f"error: port {port} is in use by another program: set PREFECT_PORT to a free one\n"
 
 
+def test_another_mlflow_server_is_refused(tmp_path: Path) -> None:
+    names = {"DCGAN_HOME": str(tmp_path / "home"), "MLFLOW_TRACKING_URI": "https://mlflow.example"}
+    command = [sys.executable, "infra/local.py", "up"]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **names}, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "error: this runs an MLflow server of its own, and MLFLOW_TRACKING_URI names another: unset it\n"
+    )
+    assert not (tmp_path / "home").exists()
+
+
 def test_a_port_that_is_given_up_a_little_later_is_taken(tmp_path: Path) -> None:
     script = """
 import sys; sys.path.insert(0, "infra")

@@ -32,7 +32,9 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", *RANKS, "-m", "dcgan.
 
 
 def environment():
-    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    """Of ranks that hear of what PyTorch will change as an error."""
+    quiet = {"PYTHONWARNINGS": "error::FutureWarning:dcgan.distributed"}
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **quiet}
 
 
 def torchrun(run):
