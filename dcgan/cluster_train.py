@@ -1,8 +1,8 @@
 """Runs a function in several Ray Train workers, here or on an existing cluster, and restarts them if one dies.
 
-Each worker gets an equal share of the cores. Two or more get a process group that is already initialised (gloo, or NCCL
-on GPUs) and the variables that torchrun sets; one needs none, and gloo's thread would wake up 100 times per second.
-Ray's own checkpoints are not used: a restarted function finds its own.
+Each worker gets an equal share of the cores, or `compute.cpus`. Two or more get a process group that is already
+initialised (gloo, or NCCL on GPUs) and the variables that torchrun sets; one needs none, and gloo's thread would wake
+up 100 times per second. Ray's own checkpoints are not used: a restarted function finds its own.
 """
 
 import importlib
@@ -149,6 +149,6 @@ def _share(nodes: list[tuple[int, int]], compute: Compute, on_gpus: bool) -> int
     for share in [compute.cpus] if compute.cpus else range(total // workers, 0, -1):
         if sum(min(cpus // share, gpus) if on_gpus else cpus // share for cpus, gpus in nodes) >= workers:
             return share
-    wanted = f"{compute.cpus} CPUs each" if compute.cpus else "as many CPUs"
-    where = ", on a node with a GPU for it" if on_gpus else ", of one node"
-    raise ValueError(f"compute.workers={workers} needs {wanted}{where}, and Ray has {total} on {len(nodes)} nodes")
+    wanted = f"compute.cpus={compute.cpus} CPUs of one node each" if compute.cpus else "as many CPUs"
+    where = ", each on a node with a GPU for it" if on_gpus else ""
+    raise ValueError(f"compute.workers={workers} needs {wanted}{where}, and Ray has {total}")

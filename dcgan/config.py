@@ -45,7 +45,6 @@ __all__ = [
 
 Preset = DataSet  # one per data set, of the same name
 PRESETS: tuple[Preset, ...] = get_args(Preset)
-DIRECTORY = Path(__file__).parent / "presets"
 
 
 class Knob(NamedTuple):
@@ -97,7 +96,14 @@ def summary(preset: Preset) -> str:
 
 
 def _read_preset(preset: str) -> str:
-    return (DIRECTORY / f"{preset}.yaml").read_text(encoding="utf-8")
+    return (Path(__file__).parent / "presets" / f"{preset}.yaml").read_text(encoding="utf-8")
+
+
+def sections(preset: str) -> dict[str, Any]:
+    """What a preset says, as `override` takes it."""
+    import yaml  # only here: training a stored data set needs torch, numpy and pydantic alone
+
+    return yaml.safe_load(_read_preset(preset))
 
 
 def build(preset: str, overrides: Sequence[str] = ()) -> Experiment:
@@ -106,12 +112,10 @@ def build(preset: str, overrides: Sequence[str] = ()) -> Experiment:
     A value is read as YAML, so `0.5`, `true`, `null` and `[svm, knn]` mean what they look like; a path is taken as is.
     Raises ValueError in one line for an unknown preset or key (with the nearest known ones) or a value out of bounds.
     """
-    import yaml  # only here: training a stored data set needs torch, numpy and pydantic alone
-
     if preset not in PRESETS:
         known = f"; presets are {', '.join(PRESETS)}"
         raise ValueError(f"unknown preset {preset!r}{meant(preset, PRESETS) or known}")
-    experiment = override(yaml.safe_load(_read_preset(preset)), overrides)
+    experiment = override(sections(preset), overrides)
     _refuse_what_is_recorded(experiment)
     return experiment
 

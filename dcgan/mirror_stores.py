@@ -109,12 +109,17 @@ def read_index(url: str, key: str) -> str | None:
     content = Remote(url).read(f"stores/index/{key}.json")
     if content is None:
         return None
-    fingerprint = json.loads(content)["fingerprint"]
-    if not re.fullmatch("[0-9a-f]{16}", str(fingerprint)):
-        raise storage.CorruptError(f"{url}/stores/index/{key}.json names {fingerprint!r}, which is no image store")
-    return str(fingerprint)
+    try:
+        fingerprint = str(json.loads(content)["fingerprint"])
+    except (ValueError, KeyError, TypeError):
+        fingerprint = ""
+    if not re.fullmatch("[0-9a-f]{16}", fingerprint):
+        raise storage.CorruptError(f"{url}/stores/index/{key}.json names no image store; without it, it is made again")
+    return fingerprint
 
 
 def write_index(url: str, key: str, index: Path) -> None:
-    """Tell the remote which store an input gave; called after the store is there."""
-    Remote(url).write(f"stores/index/{key}.json", index.read_bytes())
+    """Tell the remote which store an input gave, unless it knows; called after the store is there."""
+    remote, name = Remote(url), f"stores/index/{key}.json"
+    if remote.read(name) != index.read_bytes():
+        remote.write(name, index.read_bytes())

@@ -138,12 +138,12 @@ def _end_flow_runs() -> None:
 
 
 def _flow_runs() -> list[int]:
-    """The processes of flow runs that report to this server."""
-    found, ours = [], f"PREFECT_API_URL={PREFECT}/api".encode()
+    """The processes of flow runs that this home's worker has started for this server."""
+    found, ours = [], {f"PREFECT_API_URL={PREFECT}/api".encode(), b"DCGAN_HOME=" + os.fsencode(HOME)}
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
             if b"prefect.engine" in (process / "cmdline").read_bytes().split(b"\0"):
-                found += [int(process.name)] * (ours in (process / "environ").read_bytes().split(b"\0"))
+                found += [int(process.name)] * (ours <= {*(process / "environ").read_bytes().split(b"\0")})
     return found
 
 

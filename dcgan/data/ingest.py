@@ -103,8 +103,7 @@ def _copy(remote: str, home: Path, fingerprint: str, key: str, index: Path) -> N
     from dcgan import mirror_stores
 
     mirror_stores.push_store(home, remote, fingerprint)
-    if mirror_stores.read_index(remote, key) != fingerprint:
-        mirror_stores.write_index(remote, key, index)
+    mirror_stores.write_index(remote, key, index)
 
 
 def _known(index: Path, home: Path, verify: bool) -> str | None:

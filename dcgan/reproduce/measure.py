@@ -1,10 +1,10 @@
 """Measures rows of a table: each once per seed, kept on disk, sent to MLflow, shown beside what was published.
 
 A row that can't be measured (no data, no weights) says why and does not stop the others. What was measured is kept
-under `<home>/reproduced/<table>/<row>/`, so the same command resumes where it stopped. To measure again, delete the
-file there and, for a row that trains, its run or the scores in it; code of the row, its presets or the evaluators that
-has changed is reason enough. If a run that was there already, or its scores, came
-from other code, the record has that code's commit too.
+under `<home>/reproduced/<table>/<row>/`, so the same command resumes where it stopped; a row is measured again when its
+table's module, its presets or the evaluators have changed. To have that otherwise, delete the file there and, for a row
+that trains, its run or the scores in it. If a run that was there already, or its scores, came from other code, the
+record has that code's commit too.
 """
 
 import dataclasses
@@ -123,8 +123,8 @@ def _once(table: str, row: Row, overrides: tuple[str, ...], seed: int) -> dict[s
 @cache
 def _code(table: str, presets: tuple[DataSet, ...]) -> str:
     """The digest of what decides how a row is measured: its table's module, its presets, the evaluators."""
-    sources = [*Path(__file__).parent.glob(f"{table}.py"), *(config.DIRECTORY / f"{preset}.yaml" for preset in presets)]
-    return storage.digest(b"".join(source.read_bytes() for source in sources) + scoring.code().encode())
+    module = [file.read_text() for file in Path(__file__).parent.glob(f"{table}.py")]  # none of a test's own table
+    return config.digest([module, {preset: config.sections(preset) for preset in presets}, scoring.code()])
 
 
 def _commits(runs: Iterable[Run]) -> Iterator[str]:

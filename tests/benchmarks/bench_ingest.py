@@ -25,12 +25,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from dcgan import cluster
+from dcgan import cluster, environment
 from dcgan.config import Data
 from dcgan.data import ingest, shards
 from dcgan.data.decode import decode
 
-PROCESSES = len(os.sched_getaffinity(0))
+PROCESSES = environment.cpus()
 BATCH = 128
 QUALITY = 90  # of the JPEG: the 96 px rooms, enlarged, then have the 15 KB that LSUN has for a bedroom
 

@@ -280,8 +280,8 @@ def compare(home: Path, size: int, steps: int, device: str) -> dict[str, Any]:
     """Seconds of each turn of the bare loop and of the system's; who is not in turn is stopped, with all its processes.
 
     "beside": the processor seconds that each of the system's processes took a second in which they ran; their timers
-    also fire for the time in which they were stopped. Raises ValueError if the
-    steps are no multiple of TURNS, or too few.
+    also fire for the time in which they were stopped. Raises ValueError if the steps are no multiple of TURNS, or too
+    few.
     """
     if steps % TURNS or steps <= UNCOUNTED * TURNS:
         raise ValueError(f"{steps} steps: a multiple of {TURNS} above {UNCOUNTED * TURNS} is needed")

@@ -128,7 +128,7 @@ def main() -> None:
 
     cores = environment.cpus()
     if cores % 2:
-        raise ValueError(f"{cores} processors can't be divided between two workers: use taskset to leave one out")
+        raise ValueError(f"{cores} processors can't be divided between two workers")
     for size in chosen.size:
         steps = max(5, int(chosen.seconds / run(1, cores, size, chosen.batch, 5)["seconds"]))
         ones, twos, halves = [], [], []

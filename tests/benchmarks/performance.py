@@ -32,7 +32,6 @@ def measure(device: torch.device, sizes: list[int], pairs: int, steps: int) -> d
     chosen = numerics(Train(steps=1), device)
     found: dict[str, Any] = {
         "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else around["cpu"],
-        "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "commit": environment.commit_of(around),
         "date": datetime.now(UTC).date().isoformat(),

@@ -213,7 +213,7 @@ def test_share_is_the_most_that_fits_within_nodes(nodes: list[int], workers: int
 )
 def test_a_worker_on_a_gpu_has_the_cpus_of_its_node(nodes: list[tuple[int, int]], workers: int, cpus: int) -> None:
     assert cluster_train._share(nodes, Compute(workers=workers), on_gpus=True) == cpus
-    with pytest.raises(ValueError, match="on a node with a GPU for it"):
+    with pytest.raises(ValueError, match="needs as many CPUs, each on a node with a GPU for it, and Ray has 64"):
         cluster_train._share([(64, 0), (0, 1)], Compute(workers=1), on_gpus=True)
 
 
@@ -241,9 +241,11 @@ def test_workers_have_a_gpu_each_or_none(device: str, workers: int, gpus: int, e
 def test_the_cpus_of_a_worker_can_be_given() -> None:
     nodes = [(8, 0), (3, 0)]
     assert cluster_train._share(nodes, Compute(workers=3, cpus=3), on_gpus=False) == 3
-    refusal = r"compute.workers=4 needs 3 CPUs each, of one node, and Ray has 11 on 2 nodes"
-    with pytest.raises(ValueError, match=refusal):
+    with pytest.raises(ValueError, match=r"workers=4 needs compute.cpus=3 CPUs of one node each, and Ray has 11"):
         cluster_train._share(nodes, Compute(workers=4, cpus=3), on_gpus=False)
+    assert cluster_train._share([(8, 1), (8, 1)], Compute(workers=2, cpus=4), on_gpus=True) == 4
+    with pytest.raises(ValueError, match="4 CPUs of one node each, each on a node with a GPU"):
+        cluster_train._share([(8, 1), (8, 0)], Compute(workers=2, cpus=4), on_gpus=True)
 
 
 def test_nodes_that_may_have_a_worker_are_asked_whether_they_can() -> None:
@@ -411,9 +413,9 @@ def test_workers_wait_for_room_on_a_cluster_and_say_so(tmp_path: Path) -> None:
             cluster_train.launch(work, (str(home / "done"),), Compute(device="cpu"), home, "waiting")
     """
     with ray_nodes.cluster(tmp_path):
-        environment = {**os.environ, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "3"}
+        around = {**os.environ, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "3"}
         command = [sys.executable, "-c", textwrap.dedent(program)]
-        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, env=environment, check=False)
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, env=around, check=False)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "done").exists()
     assert "Ray has 0 CPUs free of the 1 wanted, and is waited for" in done.stderr

@@ -326,6 +326,7 @@ local.ui()  # with nothing of its own it returns
 assert earlier.stop()
 """
     environment = {**os.environ, "DCGAN_HOME": str(tmp_path)}
+    environment.pop("MLFLOW_TRACKING_URI", None)
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
 

@@ -82,21 +82,23 @@ def test_what_was_ingested_before_there_was_a_remote_is_copied_there(server: s3.
     assert mirror_stores.pull_store(tmp_path / "b", URL, fingerprint, 1)
 
 
-@pytest.mark.parametrize("named", ["../../elsewhere/x", "/elsewhere", "", "0123456789abcdeg"])
+@pytest.mark.parametrize("named", ["../../elsewhere/x", "/elsewhere", "", "0123456789abcdeg", None])
 def test_an_index_that_names_no_store_is_refused(server: s3.Store, tmp_path: Path, named: str) -> None:
     ingest(digits(tmp_path / "a").data, tmp_path / "a")
     (key,) = (name for name in Remote(URL).sizes("stores/index"))
     Remote(URL).write(f"stores/index/{key}", json.dumps({"fingerprint": named}).encode())
-    with pytest.raises(storage.CorruptError, match=re.escape(f"{key} names {named!r}, which is no image store")):
+    with pytest.raises(storage.CorruptError, match=f"{key} names no image store; without it, it is made again"):
         ingest(digits(tmp_path / "b").data, tmp_path / "b")
     assert not list(tmp_path.rglob("*elsewhere*"))
+    fingerprint = ingest(digits(tmp_path / "a").data, tmp_path / "a")
+    assert mirror_stores.read_index(URL, key.removesuffix(".json")) == fingerprint, "who has the images mends it"
 
 
 def test_a_run_finds_its_images_at_the_remote_and_keeps_them(server: s3.Store, tmp_path: Path) -> None:
     """As a worker on a machine that has not ingested them."""
     run = stages.ingest(digits(tmp_path))
     path = tmp_path / "stores" / run.fingerprint
-    other = tmp_path.with_name(f"{tmp_path.name}-other")
+    other = tmp_path / "other"
     shutil.copytree(run.path, other / "runs" / run.name)
     there = Run.open(other / "runs" / run.name).store()
     assert content(there.path) == content(path)
@@ -253,9 +255,8 @@ def test_an_interrupted_copy_sends_and_fetches_only_what_is_missing(
     assert names == {"train-00000.npy", "manifest.json"}
 
 
-def test_what_a_copy_of_a_run_lacks_at_any_moment_is_made_again(
-    server: s3.Store, home: Path, digits_store: Store
-) -> None:
+@pytest.mark.usefixtures("digits_store")
+def test_what_a_copy_of_a_run_lacks_at_any_moment_is_made_again(server: s3.Store, home: Path) -> None:
     """Lines before the checkpoint that they lead to, which is before its being the best; features not at all."""
     run = fabricated.new_run(home)
     fabricated.play(run, 0, 100)

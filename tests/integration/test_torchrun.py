@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 import torch
@@ -123,13 +124,17 @@ def test_sigterm_keeps_a_checkpoint_on_all_ranks(tmp_path, make_store):
     }
     run = Run.create(validate(sections), store)
     with subprocess.Popen([*TORCHRUN, str(run.path)], env=environment(), start_new_session=True) as ranks:
-        until = time.monotonic() + 120
-        while not run.metrics():
-            assert ranks.poll() is None
-            assert time.monotonic() < until
-            time.sleep(0.1)
-        ranks.send_signal(signal.SIGTERM)
-        assert ranks.wait(60) != 0
+        try:
+            until = time.monotonic() + 120
+            while not run.metrics():
+                assert ranks.poll() is None
+                assert time.monotonic() < until
+                time.sleep(0.1)
+            ranks.send_signal(signal.SIGTERM)
+            assert ranks.wait(60) != 0
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(ranks.pid, signal.SIGKILL)
     (step,) = checkpoint.steps(run)
     assert run.metrics()[-1]["step"] == step
 

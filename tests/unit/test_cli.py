@@ -201,7 +201,7 @@ def test_a_run_in_use_is_named_in_one_line(home: Path, monkeypatch: pytest.Monke
         ("train digit", "'digit' is neither a preset nor a run, did you mean digits?"),
         ("train digits train.step=1", "unknown key 'train.step', did you mean train.steps?"),
         ("train digits train.batch_size=65 compute.workers=2", "train.batch_size=65 is not divisible by compute.work"),
-        ("train digits model.kernel=3 data.size=28", "model.kernel=3 makes 32, 64 or 128 pixels, not data.size=28"),
+        ("train digits model.kernel=3 data.size=28", "model.kernel=3 makes 32, 64, 96 or 128 pixels, not data.size=28"),
         ("train digits evaluate.labels_per_class=200", "evaluate.labels_per_class=200, but class "),
         ("train digits evaluate.labels=3 evaluate.protocols=[knn]", "evaluate.labels=3 leaves none of class "),
         ("train digits data.offline=true data.remote=s3://b/c", "and data.remote needs one: unset one of them"),

@@ -24,6 +24,8 @@ def test_what_the_network_did_is_tried_again(error: Exception, again: bool) -> N
 def test_only_what_uses_the_network_asks_why_it_failed() -> None:
     assert tasks.ingest.retry_condition_fn is tasks._is_transient
     assert (tasks.ingest.retries, tasks.ingest.retry_delay_seconds) == (3, [10, 60, 120])
+    for task in (tasks.train, tasks.extract, tasks.evaluate, tasks.report, tasks.measure_row):
+        assert task.retry_condition_fn is None
 
 
 def test_what_may_take_days_has_no_limit() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dcgan import storage
+from dcgan import environment, storage
 from dcgan.config import Data, DataSet, build
 from dcgan.data import ingest as ingestion
 from dcgan.data import shards, sources
@@ -118,6 +118,7 @@ def test_only_the_room_for_what_is_missing_is_required(tmp_path: Path, monkeypat
     root, home = tree(tmp_path / "images"), tmp_path / "home"
     whole, each = 30 * 3 * 28 * 28, 4 * 3 * 28 * 28
     monkeypatch.setattr(shards, "BYTES", each)
+    monkeypatch.setattr(environment, "cpus", lambda: 1)  # one after the other
     made = shards.make
 
     def fails(job: shards.Job) -> dict[str, Any]:
@@ -130,7 +131,7 @@ def test_only_the_room_for_what_is_missing_is_required(tmp_path: Path, monkeypat
         ingest(folder(root), home)
     monkeypatch.setattr(shards, "make", made)
     usage = shutil.disk_usage(home)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=each))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=0))
     with pytest.raises(OSError, match="of images are to be written"):
         ingest(folder(root), home)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=whole - 3 * each))

@@ -18,7 +18,7 @@ Answer = Callable[[str, int], tuple[int, bytes, int]]
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attempts follow each other without a pause worth mentioning, and loopback is reached without a proxy."""
     monkeypatch.setattr(attempts, "DELAY", 0.001)
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setenv("no_proxy", "127.0.0.1,localhost")
 
 
 @pytest.fixture
