@@ -51,7 +51,7 @@ class Keeper:
         self._collapsed = any(
             map(_has_collapsed, [line for line in run.metrics() if "d_loss" in line][-1:])
         )  # it may have been reported before a restart
-        self._real: tuple[wasserstein.Reference, Tensor] | None = None  # training images and their labels
+        self._real: tuple[wasserstein.Reference, Tensor] | None = None  # real images and their labels
         self._beside = _Beside(game.place.device) if game.place.device.type == "cuda" else None
         self._shown = deepcopy(game.sampler) if self._beside else game.sampler
 
@@ -130,10 +130,10 @@ class Keeper:
         pictures.write_png(self.run.samples / f"{step:08d}.png", pictures.grid(images, COLUMNS))
 
     def _distance(self) -> float:
-        """Sliced Wasserstein distance between training images and as many generated from fixed z."""
+        """Sliced Wasserstein distance between real images and as many generated from fixed z."""
         device = self.game.place.device
         if self._real is None:
-            source, seed = Images(self.store, self.store.training), self.run.experiment.train.seed
+            source, seed = Images(self.store, self.store.compared), self.run.experiment.train.seed
             rows = np.sort(batches.permutation(source.count, seed, 0)[: wasserstein.IMAGES])
             real = normalise(torch.from_numpy(source.gather(rows)).to(device))
             self._real = wasserstein.Reference(real), torch.from_numpy(source.labels[rows])

@@ -19,7 +19,7 @@ CHARTS: tuple[tuple[str, dict[str, str], tuple[float, float] | None], ...] = (
     ("Loss", {"d_loss": "discriminator", "g_loss": "generator"}, None),
     ("What the discriminator believes", {"d_real": "D(real)", "d_fake": "D(fake)"}, (0.0, 1.0)),
     ("Gradient norm", {"d_grad_norm": "discriminator", "g_grad_norm": "generator"}, None),
-    ("Sliced Wasserstein distance, less is better", {"swd": "distance to the training images"}, None),
+    ("Sliced Wasserstein distance, less is better", {"swd": "distance to real images"}, None),
     ("Speed", {"images_per_second": "images per second"}, None),
 )
 

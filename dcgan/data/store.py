@@ -108,6 +108,12 @@ class Store:
         return tuple(self.manifest["training"])
 
     @property
+    def compared(self) -> tuple[str, ...]:
+        """The splits that generated images are compared with, to choose `best`: those held out for it, if there are."""
+        held_out = "validation" in self.splits and "validation" not in self.training
+        return ("validation",) if held_out else self.training
+
+    @property
     def scored(self) -> tuple[str, ...]:
         """The splits that features are scored on: those of train, validation and test that exist and have labels."""
         return tuple(split for split in ("train", "validation", "test") if self.classes and split in self.splits)

@@ -120,7 +120,7 @@ class Table:
 
 QUOTED = "not measured: another model, whose figure is quoted"
 LATEST = "the newest checkpoint"
-BEST = "the checkpoint of lowest sliced Wasserstein distance between generated and training images"
+BEST = "the checkpoint of lowest sliced Wasserstein distance between generated and {} images"
 
 
 def features(run: Run, protocol: Protocol, names: dict[str, str]) -> Measured:
@@ -170,7 +170,9 @@ def checkpoint_rule(run: Run) -> str:
     from dcgan import checkpoint
 
     step = int(checkpoint.chosen(run).name)
-    rule = BEST if run.experiment.evaluate.checkpoint == "best" else LATEST
+    store = run.store()
+    real = "training" if store.compared == store.training else "validation"
+    rule = BEST.format(real) if run.experiment.evaluate.checkpoint == "best" else LATEST
     return f"step {step:,}, {rule}"
 
 

@@ -171,8 +171,8 @@ TABLE = Table(
         Row("knn_features", "KNN, DCGAN features", {}, "", partial(_on_features, KNN), SVHN),
         Row("tsvm_features", "TSVM, DCGAN features", {}, "", partial(_on_features, TSVM), SVHN),
     ),
-    "All choices are made on the 10,000 held-out training images, except for the checkpoint, which is chosen without "
-    "labels by images that are trained on. The authors' code later gave 22.18 +- 1.13 (100 "
-    "draws, 1.96 standard deviations) instead of 22.48. The supervised CNN's 28.87 is a validation error. The "
-    "TSVM's solver is not the one used in 2014, and its validation error is that of the first draw.",
+    "All choices are made on the 10,000 held-out training images, that of the checkpoint without their labels. The "
+    "authors' code later gave 22.18 +- 1.13 (100 draws, 1.96 standard deviations) instead of 22.48. The supervised "
+    "CNN's 28.87 is a validation error. The TSVM's solver is not the one used in 2014, and its validation error is "
+    "that of the first draw.",
 )

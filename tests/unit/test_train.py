@@ -17,6 +17,7 @@ from dcgan.data import batches
 from dcgan.data.store import Description
 from dcgan.distributed import Place
 from dcgan.player import Player
+from dcgan.reproduce import rows
 from dcgan.run import Run, read_lines
 from dcgan.step import Game
 from dcgan.storage import BusyError, CorruptError
@@ -283,6 +284,27 @@ def test_the_splits_trained_on_are_those_of_the_data_set(tmp_path, monkeypatch):
     asked.clear()
     features.extract(run)
     assert set(asked) == {("extra", "train"), ("train",), ("test",)}, "BatchNorm's statistics, and what is scored"
+
+
+@pytest.mark.parametrize(("training", "compared"), [(("train",), ("validation",)), (("train", "validation"), None)])
+def test_the_distance_of_a_checkpoint_is_measured_on_images_held_out_where_there_are_some(
+    tmp_path, monkeypatch, training, compared
+):
+    pairs = [(np.full((1, 28, 28), i, np.uint8), i % 2) for i in range(20)]
+    about = Description("random", ("a", "b"), 28, 1, "none", training=training)
+    store = write_store(tmp_path, about, {"train": pairs, "validation": pairs[:5], "test": pairs})
+    sections = {
+        "data": {"name": "digits", "size": 28, "home": tmp_path},
+        "model": {"kernel": 4, "width": 2},
+        "train": {"steps": 2, "batch_size": 4, "checkpoint_every": 2, "sample_every": 2},
+        "compute": {"workers": 0, "device": "cpu"},
+    }
+    run, asked = Run.create(validate(sections), store), []
+    shards = type(store).shards
+    monkeypatch.setattr(type(store), "shards", lambda self, *splits: asked.append(splits) or shards(self, *splits))
+    train.train(run)
+    assert asked == [training, compared or training]
+    assert rows.checkpoint_rule(run).endswith(f"generated and {'validation' if compared else 'training'} images")
 
 
 def test_fixed_noise_never_meets_training_noise():

@@ -1,12 +1,14 @@
-"""What all sources share: their interface, and the rule that decides which images are held out."""
+"""What all sources share: their interface, and the rules that decide which images are held out."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from dcgan.config import Data
-from dcgan.data.records import Records
+from dcgan.data.records import Pixels, Records
 from dcgan.data.store import Description, SourceFile
 
 
@@ -44,6 +46,21 @@ def held_out(sha256: bytes, fraction: float) -> bool:
     The first 8 bytes of SHA-256 are uniform on 0 .. 2^64 - 1; those below `fraction` of that range are held out.
     """
     return int.from_bytes(sha256[:8], "big") < fraction * 2**64
+
+
+PAPERS_SEED = 42  # Newmu/dcgan_code, lib/rng.py
+
+
+def as_the_paper_held_out(whole: Pixels, held_out: slice) -> tuple[Pixels, Pixels]:
+    """The images to train on and the `held_out` part of the paper's random order, both in the file's order.
+
+    The code of Radford et al. shuffles training images by NumPy's RandomState(42), from which nothing was drawn before,
+    and takes one end of them for validation (Newmu/dcgan_code, svhn/load.py and mnist/load.py).
+    """
+    assert whole.labels is not None
+    held = np.zeros(len(whole), bool)
+    held[np.random.RandomState(PAPERS_SEED).permutation(len(whole))[held_out]] = True
+    return Pixels(whole.images[~held], whole.labels[~held]), Pixels(whole.images[held], whole.labels[held])
 
 
 def require_both(dataset: str, train: int, test: int, fraction: float) -> None:

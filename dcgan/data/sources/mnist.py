@@ -1,5 +1,8 @@
 """MNIST (LeCun, Cortes and Burges): 60,000 + 10,000 handwritten digits, 28x28 grey.
 
+Of the 60,000 the code of Radford et al. trains on 50,000 and holds out the last 10,000 of a random order. Here the same
+ones are held out.
+
 Addresses and MD5 are torchvision's, which has those of the .gz files only; the second of each pair below is the MD5
 of what they contain, for directories that hold the unpacked files (`test_mnist.py` compares both).
 """
@@ -15,7 +18,7 @@ from dcgan.config import Data
 from dcgan.data.decode import TRANSFORM
 from dcgan.data.records import Pixels
 from dcgan.data.sources import published
-from dcgan.data.sources.base import Opened
+from dcgan.data.sources.base import Opened, as_the_paper_held_out
 from dcgan.data.store import Description, SourceFile
 
 ADDRESSES = ("https://ossci-datasets.s3.amazonaws.com/mnist", "http://yann.lecun.com/exdb/mnist")
@@ -25,6 +28,7 @@ FILES = {
     "t10k-images-idx3-ubyte": ("9fb629c4189551a2d022fa330f9573f3", "2646ac647ad5339dbf082846283269ea"),
     "t10k-labels-idx1-ubyte": ("ec29112dd5afa0611ce80d1b7f02629c", "27ae3e4e09519cfbb04c329615203637"),
 }
+HELD_OUT = slice(50_000, None)  # dcgan_code, mnist/load.py
 
 
 def signature(data: Data) -> Any:
@@ -32,21 +36,23 @@ def signature(data: Data) -> Any:
     if data.source and not published.is_address(data.source):
         for name in FILES:
             _find(data.source, name)
-    return FILES
+    return {"files": FILES, "held out from": HELD_OUT.start}
 
 
 def read(data: Data, downloads: Path) -> Opened:
-    """The published splits, one channel; see `base.Source`.
+    """Splits train, validation and test, one channel; see `base.Source`.
 
     data.source: a directory of the files, packed or not, or of `raw/` or `MNIST/raw/`; or a mirror of the .gz files.
     """
     content = {name: _content(name, data, downloads / "mnist") for name in FILES}
+    whole, test = (
+        Pixels(_idx(content[f"{split}-images-idx3-ubyte"]), _idx(content[f"{split}-labels-idx1-ubyte"]))
+        for split in ("train", "t10k")
+    )
+    train, validation = as_the_paper_held_out(whole, HELD_OUT)
     return Opened(
         Description(data.name, tuple("0123456789"), data.size, 1, TRANSFORM),
-        {
-            split: Pixels(_idx(content[f"{stem}-images-idx3-ubyte"]), _idx(content[f"{stem}-labels-idx1-ubyte"]))
-            for split, stem in (("train", "train"), ("test", "t10k"))
-        },
+        {"train": train, "validation": validation, "test": test},
         tuple(SourceFile(name, len(raw), hashlib.sha256(raw).hexdigest()) for name, raw in content.items()),
     )
 

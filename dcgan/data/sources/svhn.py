@@ -1,9 +1,7 @@
 """SVHN (Netzer et al. 2011), cropped digits: 73,257 + 26,032 colour images of ten digits, 32x32; 531,131 extra ones.
 
-Addresses and MD5 are torchvision's. The paper (section 5.2) holds out 10,000 of the 73,257 for every choice. Its code
-(Newmu/dcgan_code, svhn/load.py) takes the first 10,000 after a shuffle by the generator of lib/rng.py, NumPy's
-RandomState(42), from which nothing was drawn before. Here the same 10,000 are held out; both parts keep the file's
-order.
+Addresses and MD5 are torchvision's. The paper (section 5.2) holds out 10,000 of the 73,257 for every choice, the first
+10,000 of a random order. Here the same ones are held out.
 
 Memory: the images of all files at once, uncompressed, and those of the training file twice while they are split: 0.5
 GB, or 2.2 GB with data.extra. Decompressing takes no more (measured: 1.01 times the images of a file).
@@ -19,7 +17,7 @@ from dcgan.config import Data
 from dcgan.data.decode import TRANSFORM
 from dcgan.data.records import Pixels
 from dcgan.data.sources import published
-from dcgan.data.sources.base import Opened
+from dcgan.data.sources.base import Opened, as_the_paper_held_out
 from dcgan.data.store import Description
 
 ADDRESSES = ("http://ufldl.stanford.edu/housenumbers",)
@@ -28,8 +26,7 @@ FILES = {
     "test": ("test_32x32.mat", "eb5a983be6a315427106f1b164d9cef3"),
     "extra": ("extra_32x32.mat", "a93ce644f1a588dc4d68dda5feec44a7"),
 }
-HELD_OUT = 10_000  # paper, section 5.2
-SEED = 42  # dcgan_code, lib/rng.py
+HELD_OUT = slice(10_000)  # paper, section 5.2; dcgan_code, svhn/load.py
 
 
 def signature(data: Data) -> Any:
@@ -47,7 +44,7 @@ def read(data: Data, downloads: Path) -> Opened:
     """
     files = {name: _file(name, md5, data, downloads / "svhn") for name, md5 in _wanted(data).items()}
     whole = {split: _pixels(files[name]) for split, (name, _) in FILES.items() if name in files}
-    train, validation = _divided(whole.pop("train"))
+    train, validation = as_the_paper_held_out(whole.pop("train"), HELD_OUT)
     training = ("train", "extra") if data.extra else ("train",)
     return Opened(
         Description(data.name, tuple("0123456789"), data.size, 3, TRANSFORM, training),
@@ -74,11 +71,3 @@ def _pixels(path: Path) -> Pixels:
     content = loadmat(path, variable_names=["X", "y"])
     labels = content["y"].reshape(-1).astype(np.int64)
     return Pixels(content["X"].transpose(3, 0, 1, 2), np.where(labels == 10, 0, labels))
-
-
-def _divided(whole: Pixels) -> tuple[Pixels, Pixels]:
-    """The training images without those held out for validation, and the held-out ones."""
-    assert whole.labels is not None
-    held = np.zeros(len(whole), bool)
-    held[np.random.RandomState(SEED).permutation(len(whole))[:HELD_OUT]] = True
-    return Pixels(whole.images[~held], whole.labels[~held]), Pixels(whole.images[held], whole.labels[held])

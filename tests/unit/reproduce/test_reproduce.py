@@ -33,6 +33,7 @@ from dcgan import (
 )
 from dcgan.data.store import Description, Store
 from dcgan.evaluate import EVALUATORS, samples
+from dcgan.evaluate.inputs import Labelled
 from dcgan.evaluate.published import PAPER, PUBLISHED
 from dcgan.evaluate.samples import NotConvergedError
 from dcgan.reproduce import TABLES, cifar10, clustering, image_quality, measure, mnist, page, record, svhn
@@ -437,24 +438,61 @@ def test_generated_digits_are_neighbours_in_any_number_of_the_same_nets(
     tiny: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mnist, "FEWER", (20, 40, 60))
-    setting = Digits(DIGITS, (*tiny, *SMALL, "digits/model.width=4", "digits/model.hidden=8"), 0, home(tiny) / "row")
+    monkeypatch.setattr(mnist, "COMPARED", 30)
+    monkeypatch.setattr(mnist, "arrays", with_validation)
+    setting = Digits(DIGITS, (*tiny, *SMALL, *GENERATING), 0, home(tiny) / "table" / "row" / "work")
     found = mnist._drawn(60, setting)
 
     (run,) = setting.runs.values()
     assert run.experiment.model.conditional
-    generator = checkpoint.load_generator(checkpoint.chosen(run))
-    ((x, y),) = sampling.sampled(generator, run.experiment.model, 10, 60, 0, torch.device("cpu"))
-    images, labels = run.store().images("test"), run.store().labels("test")
+    _, held_out, test = with_validation(run.store())
 
-    def error(count: int) -> Any:
-        nearest = KNeighborsClassifier(1, algorithm="brute").fit(x[:count].reshape(count, -1).astype(float), y[:count])
-        return pytest.approx(1 - nearest.score(images.reshape(len(images), -1).astype(float), labels))
+    def error(step: int, count: int, real: Labelled) -> float:
+        generator = checkpoint.load_generator(run.checkpoints / str(step))
+        ((x, y),) = sampling.sampled(generator, run.experiment.model, 10, count, 0, torch.device("cpu"))
+        nearest = KNeighborsClassifier(1, algorithm="brute").fit(x.reshape(count, -1).astype(float), y)
+        return float(1 - nearest.score(real[0].reshape(len(real[0]), -1).astype(float), real[1]))
 
-    assert found.figures == {"error": (error(60), None, "")}
-    assert found.controls == {f"the first {n} of them": {"error": (error(n), None, "")} for n in (20, 40)}
+    lowest, step = min((error(step, 30, held_out), step) for step in checkpoint.steps(run))
+    assert found.figures == {"error": (pytest.approx(error(step, 60, test)), None, "")}
+    assert found.controls == {
+        f"the first {n} of them": {"error": (pytest.approx(error(step, n, test)), None, "")} for n in (20, 40)
+    }
     assert found.scale.endswith("; 60 digits drawn")
-    assert found.choices == {"checkpoint": "step 4, the newest checkpoint"}
+    assert found.choices == {"checkpoint": f"step {step}, {mnist.CHOSEN}", "validation error": pytest.approx(lowest)}
     assert found.runs == (run.name,)
+
+
+def with_validation(store: Store) -> tuple[Labelled, Labelled, Labelled]:
+    """Half of the test images as those held out."""
+    train, test = ((store.images(split), store.labels(split)) for split in ("train", "test"))
+    return train, (test[0][::2], test[1][::2]), (test[0][1::2], test[1][1::2])
+
+
+GENERATING = (
+    *("digits/model.width=4", "digits/model.hidden=8", "digits/train.steps=30", "digits/train.checkpoint_every=3"),
+    "digits/train.keep=10",
+)
+
+
+def test_no_label_of_test_changes_which_generator_is_chosen(
+    tiny: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mnist, "COMPARED", 100)
+    chosen, errors = set(), set()
+    for digit in range(10):
+
+        def all_one(store: Store, digit: int = digit) -> tuple[Labelled, Labelled, Labelled]:
+            train, held_out, (x, y) = with_validation(store)
+            return train, held_out, (x, np.full_like(y, digit))
+
+        monkeypatch.setattr(mnist, "arrays", all_one)
+        setting = Digits(DIGITS, (*tiny, *SMALL, *GENERATING), 0, home(tiny) / "table" / str(digit) / "work")
+        found = mnist._drawn(100, setting)
+        chosen.add(str(found.choices))
+        errors.add(found.figures["error"].value)
+    assert len(chosen) == 1 < len(errors)
+    assert len(list((home(tiny) / "table").glob("validation-*.json"))) == 10, "once for each checkpoint, for all rows"
 
 
 @pytest.mark.parametrize("conditional", [False, True])
@@ -565,7 +603,7 @@ class Planned(Setting):
                     "model.affine": False,
                     "train.weight_decay": 2.5e-5,
                 },
-                **{"train.decay": 0.5, "train.ema": 0.999, "evaluate.checkpoint": "latest", "train.steps": 20_000},
+                **{"train.decay": 0.5, "train.ema": 0.999, "train.keep": 10, "train.steps": 20_000},
             },
         ),
     ],

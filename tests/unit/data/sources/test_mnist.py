@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torchvision.datasets
 from fabricated import decoded
+from sklearn.utils import shuffle
 from torchvision.transforms import v2
 
 from dcgan import storage
@@ -38,11 +39,17 @@ def test_checksums_of_the_unpacked_files_follow_from_the_published_ones(real_dat
 
 def test_images_are_torchvisions_pixel_for_pixel(real_data: Path, tmp_path: Path) -> None:
     store = Store.open(tmp_path, ingest(given(real_data), tmp_path), verify=True)
-    for split in ("train", "test"):
-        theirs = torchvision.datasets.MNIST(str(real_data), train=split == "train")
-        np.testing.assert_array_equal(store.images(split)[:, 0], theirs.data.numpy())
-        np.testing.assert_array_equal(store.labels(split), theirs.targets.numpy())
-    assert (store.count("train"), store.count("test"), store.channels) == (60_000, 10_000, 1)
+    train, test = (torchvision.datasets.MNIST(str(real_data), train=train) for train in (True, False))
+    # mnist/load.py: sklearn's shuffle by a fresh RandomState(42), and all but the first 50,000.
+    held_out = np.sort(shuffle(np.arange(60_000), random_state=np.random.RandomState(42))[50_000:])
+    kept = np.delete(np.arange(60_000), held_out)
+    expected = {"train": (train, kept), "validation": (train, held_out), "test": (test, slice(None))}
+    assert set(store.splits) == set(expected)
+    for split, (theirs, rows) in expected.items():
+        np.testing.assert_array_equal(store.images(split)[:, 0], theirs.data.numpy()[rows])
+        np.testing.assert_array_equal(store.labels(split), theirs.targets.numpy()[rows])
+    assert (store.count("train"), store.count("validation"), store.channels) == (50_000, 10_000, 1)
+    assert store.training == ("train",)
 
 
 def test_resized_images_are_torchvisions(real_data: Path, tmp_path: Path) -> None:
@@ -60,7 +67,7 @@ def test_every_layout_gives_the_same(real_data: Path, tmp_path: Path, layout: st
     for name in mnist.FILES:
         shutil.copy(real_data / "MNIST/raw" / f"{name}{end}", tmp_path / "here" / layout)
     data = given(tmp_path / "here")
-    assert mnist.signature(data) == mnist.FILES
+    assert mnist.signature(data) == {"files": mnist.FILES, "held out from": 50_000}
     assert mnist.read(data, tmp_path / "downloads").sources == mnist.read(given(real_data), tmp_path).sources
     assert not (tmp_path / "downloads").exists()
 

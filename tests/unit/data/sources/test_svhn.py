@@ -14,7 +14,9 @@ from sklearn.utils import shuffle
 from dcgan import storage
 from dcgan.config import Data
 from dcgan.data.ingest import ingest
+from dcgan.data.records import Pixels
 from dcgan.data.sources import SOURCES, svhn
+from dcgan.data.sources.base import as_the_paper_held_out
 from dcgan.data.store import Store
 
 STRETCHES = {"train": slice(0, 500), "test": slice(500, 700), "extra": slice(700, 1083)}
@@ -40,7 +42,7 @@ def files(real_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
         md5 = hashlib.md5((folder / name).read_bytes()).hexdigest()
         ours[split], theirs[split] = (name, md5), [f"http://127.0.0.1:9/{name}", name, md5]
     monkeypatch.setattr(svhn, "FILES", ours)
-    monkeypatch.setattr(svhn, "HELD_OUT", HELD)
+    monkeypatch.setattr(svhn, "HELD_OUT", slice(HELD))
     monkeypatch.setattr(torchvision.datasets.SVHN, "split_list", theirs)
     monkeypatch.setitem(SOURCES, "svhn", svhn)
     return folder
@@ -95,8 +97,10 @@ def test_the_extra_images_are_used_only_if_asked_for(files: Path, tmp_path: Path
 def test_the_images_held_out_are_those_of_the_original_code() -> None:
     """svhn/load.py: sklearn's shuffle by a fresh RandomState(42), and the first 10,000."""
     original = shuffle(np.arange(73_257), random_state=np.random.RandomState(42))[:10_000]
-    ours = np.random.RandomState(svhn.SEED).permutation(73_257)[: svhn.HELD_OUT]
-    np.testing.assert_array_equal(ours, original)
+    numbers = np.arange(73_257)
+    kept, held_out = as_the_paper_held_out(Pixels(numbers, numbers), svhn.HELD_OUT)
+    np.testing.assert_array_equal(held_out.images, np.sort(original))
+    np.testing.assert_array_equal(kept.labels, np.delete(numbers, original))
 
 
 def test_a_mirror_gives_the_same(files: Path, tmp_path: Path, serve: Callable) -> None:
