@@ -1,8 +1,9 @@
 """Checkpoints: written aside, hashed, then renamed into place; a run resumes from the newest valid one.
 
     checkpoints/<step>/state.pt        nets, moving average, optimizers, experiment, image shape; tensors and plain data
-    checkpoints/<step>/manifest.json   step, identity, distance (`swd`, from which best.json is derived) and the
-                                       SHA-256 of state.pt; without it there is no checkpoint
+    checkpoints/<step>/manifest.json   step, identity, distance (`swd`, from which best.json is derived), the splits
+                                       it is to (`compared`) and the SHA-256 of state.pt; without it there is no
+                                       checkpoint
     checkpoints/best.json              the step with the lowest sliced Wasserstein distance so far, and that distance
 
 No random generator's state is stored: what is random at a step is a pure function of seed and step (data/batches.py).
@@ -39,6 +40,7 @@ def snapshot(game: Game, step: int, run: Run, store: Store) -> dict[str, Any]:
         "identity": identity(run),
         "experiment": run.experiment.model_dump(mode="json"),
         "images": {"channels": store.channels, "classes": list(store.classes)},
+        "compared": list(store.compared),
         "generator": game.generator.state_dict(),
         "discriminator": game.discriminator.state_dict(),
         "average": game.average.state_dict() if game.average is not None else None,
@@ -95,7 +97,8 @@ class Writer:
         step, directory = state["step"], self.run.checkpoints
         with storage.staging(directory) as staged:
             torch.save(state, staged / STATE)
-            storage.seal(staged, {"step": step, "identity": state["identity"], "swd": swd})
+            told = {key: state[key] for key in ("step", "identity", "compared")}
+            storage.seal(staged, {**told, "swd": swd})
             storage.publish(staged, directory / str(step))
         best = read_best(self.run) or {"step": step, "metric": "swd", "value": swd}
         storage.write_json(directory / "best.json", best)
@@ -113,11 +116,17 @@ def read_best(run: Run) -> dict[str, Any] | None:
     """What best.json should hold, from the manifests: a kill may come between a checkpoint and that file.
 
     Step, metric and value of the checkpoint with the lowest distance, the first of equals; None if there is none.
+    Distances count that are to the same splits as the newest's: a version before this one knew only training images.
     """
-    found = []
-    for step in steps(run):
+    found: list[tuple[float, int]] = []
+    compared = None
+    for step in reversed(steps(run)):
         try:
-            found.append((json.loads((run.checkpoints / str(step) / storage.MANIFEST).read_bytes())["swd"], step))
+            manifest = json.loads((run.checkpoints / str(step) / storage.MANIFEST).read_bytes())
+            distance = manifest["swd"], step
+            if not found or manifest.get("compared") == compared:
+                compared = manifest.get("compared")
+                found.append(distance)
         except (OSError, ValueError, KeyError) as error:  # damaged, or no longer kept
             log.warning("checkpoint %d of run %s has no distance: %s", step, run.name, error)
     if not found:

@@ -1,4 +1,4 @@
-"""Sliced Wasserstein distance between two sets of images, to choose `best` without labels or outside weights.
+"""Sliced Wasserstein distance between two sets of images, to choose `best` without outside weights.
 
 After Karras et al. (2018), section 5: 7x7 patches at each level of a Laplacian pyramid, normalised per channel,
 compared by the mean one-dimensional distance over random directions. It sees collapse and missing structure at every

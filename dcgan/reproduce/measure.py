@@ -2,12 +2,13 @@
 
 A row that can't be measured (no data, no weights) says why and does not stop the others. What was measured is kept
 under `<home>/reproduced/<table>/<row>/`, so the same command resumes where it stopped; a row is measured again when its
-table's module, its presets or the evaluators have changed. To have that otherwise, delete the file there and, for a row
-that trains, its run or the scores in it. If a run that was there already, or its scores, came from other code, the
-record has that code's commit too.
+table's module, its presets, the modules that read their images or the evaluators have changed. To have that otherwise,
+delete the file there and, for a row that trains, its run or the scores in it. If a run that was there already, or its
+scores, came from other code, the record has that code's commit too.
 """
 
 import dataclasses
+import inspect
 import itertools
 import json
 import logging
@@ -27,6 +28,7 @@ import torch
 
 from dcgan import config, environment, scoring, stages, storage, summary, tracking
 from dcgan.config import DataSet
+from dcgan.data.sources import SOURCES, base
 from dcgan.evaluate.samples import computing_on
 from dcgan.reproduce import TABLES, record
 from dcgan.reproduce.overrides import check, digest, given, home
@@ -122,9 +124,14 @@ def _once(table: str, row: Row, overrides: tuple[str, ...], seed: int) -> dict[s
 
 @cache
 def _code(table: str, presets: tuple[DataSet, ...]) -> str:
-    """The digest of what decides how a row is measured: its table's module, its presets, the evaluators."""
+    """The digest of what decides how a row is measured: its table's module, its presets, their images, the evaluators.
+
+    Of the images, the modules that say which there are and which are held out.
+    """
     module = [file.read_text() for file in Path(__file__).parent.glob(f"{table}.py")]  # none of a test's own table
-    return config.digest([module, {preset: config.sections(preset) for preset in presets}, scoring.code()])
+    readers = {str(inspect.getsourcefile(SOURCES[preset].read)) for preset in presets} | {str(base.__file__)}
+    images = [Path(reader).read_text() for reader in sorted(readers)]
+    return config.digest([module, {preset: config.sections(preset) for preset in presets}, images, scoring.code()])
 
 
 def _commits(runs: Iterable[Run]) -> Iterator[str]:
@@ -190,6 +197,8 @@ def _deliver(table: str, row: Row, content: dict[str, Any], where: Path) -> None
         name = re.sub(r"\W+", "_", control)  # MLflow takes no comma
         metrics |= {f"{name}/{column}": cell[0] for column, cell in cells.items()}
     params = {key: content[key] for key in ("scale", "seeds", "seconds", "command", "commit", "hardware", "date")}
+    chosen = {re.sub(r"[^\w/ ]", "", key): value for key, value in content["choices"].items()}  # MLflow takes no quote
+    params |= {f"chosen.{name}": value for name, value in chosen.items()}
     params |= {"runs": " ".join(content["runs"]), "source": row.source or "-"}
     try:
         tracking_rows.log(where, f"reproduce-{table}", row.key, config.digest(content), metrics, params, row.method)

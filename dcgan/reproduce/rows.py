@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dcgan import config, stages
+from dcgan import checkpoint, config, stages, storage
 from dcgan.config import DataSet, Evaluate, Experiment, Protocol
 from dcgan.data.store import Store
 from dcgan.evaluate.inputs import Labelled
@@ -166,14 +166,14 @@ def merged(*parts: Measured) -> Measured:
 
 
 def checkpoint_rule(run: Run) -> str:
-    """Which checkpoint was scored and why: the choice uses no label and no test image."""
-    from dcgan import checkpoint
+    """Which checkpoint was scored and why.
 
-    step = int(checkpoint.chosen(run).name)
-    store = run.store()
-    real = "training" if store.compared == store.training else "validation"
-    rule = BEST.format(real) if run.experiment.evaluate.checkpoint == "best" else LATEST
-    return f"step {step:,}, {rule}"
+    The choice uses no test image, and no label except that a conditional net draws the classes of the real images.
+    """
+    directory = checkpoint.chosen(run)
+    compared = storage.read_manifest(directory, hashes=False).get("compared")
+    best = BEST.format("validation" if compared == ["validation"] else "training")
+    return f"step {int(directory.name):,}, {best if run.experiment.evaluate.checkpoint == 'best' else LATEST}"
 
 
 def scale(run: Run) -> str:

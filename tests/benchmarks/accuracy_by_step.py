@@ -37,7 +37,6 @@ def main() -> None:
     run = Run.open(chosen.run)
     store, device = run.store(), features._device(run)
     settings = run.experiment.evaluate.model_copy(update={"labels": LABELS})
-    labels = [store.labels(split) for split in ("train", "test")]
     print("  step  distance  held out    test")
     for step in checkpoint.steps(run):
         if step % chosen.every:
@@ -47,8 +46,8 @@ def main() -> None:
         _, discriminator, _ = checkpoint.load_nets(directory)
         features.calibrate(discriminator, store, device)
         extractor = Extractor(discriminator).eval().to(device)
-        banks = [extracted(extractor, Images(store, (split,))) for split in ("train", "test")]
-        found = svm.score(banks[0], labels[0], banks[1], labels[1], settings)
+        parts = {split: (extracted(extractor, Images(store, (split,))), store.labels(split)) for split in store.scored}
+        found = svm.score(*parts["train"], *parts["test"], settings, parts.get("validation"))
         values = [found[f"svm/{name}"] for name in ("validation_accuracy", "accuracy")]
         print(f"{step:6} {distance:9.4f} {values[0]:9.4f} {values[1]:7.4f}", flush=True)
 

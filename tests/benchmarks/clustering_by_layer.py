@@ -30,14 +30,14 @@ def main() -> None:
     _, discriminator, _ = checkpoint.load_nets(checkpoint.chosen(run))
     ends = np.cumsum([0, *(channels * features.POOL**2 for channels in discriminator.channels)])
     layers = {f"layer {i + 1}": slice(*ends[i : i + 2]) for i in range(len(ends) - 1)} | {"all layers": slice(None)}
-    labels = [store.groups(split) for split in ("train", "test")]
+    labels = np.concatenate([store.groups(split) for split in store.clustered])
     print("net            features     scaled      NMI     ARI  accuracy")
     for source, at in (("discriminator", step), ("random_init", 0)):
-        banks = [features.read_bank(run, source, at, split) for split in ("train", "test")]
+        bank = np.concatenate([features.read_bank(run, source, at, split) for split in store.clustered])
         for name, columns in layers.items():
-            parts = [bank[:, columns] for bank in banks]
             for scaled, change in (("as is", np.asarray), ("length 1", unit)):
-                found = clustering.score(change(parts[0]), labels[0], change(parts[1]), labels[1], settings)
+                x = change(bank[:, columns])
+                found = clustering.score(x, labels, x[:0], labels[:0], settings)
                 values = "  ".join(f"{found[f'clustering/{metric}']:.4f}" for metric in ("nmi", "ari", "accuracy"))
                 print(f"{source:14} {name:12} {scaled:9}  {values}", flush=True)
 

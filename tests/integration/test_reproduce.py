@@ -76,6 +76,7 @@ def test_a_table_is_measured_shown_and_delivered(home: Path, tiny: None) -> None
     assert row.data.params["command"].startswith("dcgan reproduce mnist digits ")
     (name,) = result["rows"]["digits"]["runs"]
     assert row.data.params["runs"] == name
+    assert "lowest sliced Wasserstein distance" in row.data.params["chosen.checkpoint"]
 
     experiment = mlflow.get_experiment_by_name("digits")
     (run,) = mlflow.search_runs([experiment.experiment_id])

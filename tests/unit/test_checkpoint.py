@@ -132,6 +132,21 @@ def test_a_checkpoint_that_a_kill_kept_from_being_named_best_is_found(store, cap
     assert "checkpoint 1 of run" in caplog.text
 
 
+def test_only_distances_to_the_same_images_are_compared(store):
+    """A run that an older version began has checkpoints whose distances are to training images, and says nothing."""
+    run = make_run(store)
+    game = make_game(run, store)
+    save(run, game, store, (1, 0.1), (2, 0.3))
+    assert storage.read_manifest(run.checkpoints / "2")["compared"] == list(store.compared) == ["train"]
+    manifest = run.checkpoints / "1" / storage.MANIFEST
+    told = json.loads(manifest.read_text())
+    for compared in (None, ["validation"]):
+        storage.write_json(manifest, told | {"compared": compared})
+        assert checkpoint.read_best(run) == {"step": 2, "metric": "swd", "value": 0.3}
+    storage.write_json(manifest, told)
+    assert checkpoint.read_best(run) == {"step": 1, "metric": "swd", "value": 0.1}
+
+
 def test_chosen_follows_the_experiment(store):
     run = make_run(store)
     with pytest.raises(FileNotFoundError, match=r"no checkpoint: `dcgan train .*` makes one"):

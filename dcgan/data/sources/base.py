@@ -36,6 +36,7 @@ class Source(Protocol):
     def read(self, data: Data, downloads: Path) -> Opened:
         """Find, download (under `downloads` only) and check the input.
 
+        Splits are train, test and others; every choice is made on validation where that is one of them.
         Raises FileNotFoundError, ValueError, CorruptError or DownloadError, naming the file or address.
         """
 

@@ -271,6 +271,11 @@ def test_other_code_is_reason_to_measure_anew(tiny: tuple[str, ...], monkeypatch
     monkeypatch.undo()
     codes = {measure._code(table, presets) for table in ("svhn", "mnist") for presets in (("svhn",), ("mnist",))}
     assert len(codes) == 4
+    named = measure._code("clustering", ("mnist",))
+    monkeypatch.setattr(measure.inspect, "getsourcefile", lambda _: __file__)
+    measure._code.cache_clear()
+    assert measure._code("clustering", ("mnist",)) != named, "other images"
+    measure._code.cache_clear()
 
 
 def test_other_settings_are_measured_anew(tiny: tuple[str, ...]) -> None:
@@ -459,7 +464,7 @@ def test_generated_digits_are_neighbours_in_any_number_of_the_same_nets(
         f"the first {n} of them": {"error": (pytest.approx(error(step, n, test)), None, "")} for n in (20, 40)
     }
     assert found.scale.endswith("; 60 digits drawn")
-    assert found.choices == {"checkpoint": f"step {step}, {mnist.CHOSEN}", "validation error": pytest.approx(lowest)}
+    assert found.choices == {"checkpoint": f"step {step}, {mnist.CHOSEN.format(10)}, {lowest:.2%}"}
     assert found.runs == (run.name,)
 
 
@@ -475,7 +480,7 @@ GENERATING = (
 )
 
 
-def test_no_label_of_test_changes_which_generator_is_chosen(
+def test_no_image_or_label_of_test_changes_which_generator_is_chosen(
     tiny: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mnist, "COMPARED", 100)
@@ -484,15 +489,34 @@ def test_no_label_of_test_changes_which_generator_is_chosen(
 
         def all_one(store: Store, digit: int = digit) -> tuple[Labelled, Labelled, Labelled]:
             train, held_out, (x, y) = with_validation(store)
-            return train, held_out, (x, np.full_like(y, digit))
+            return train, held_out, (x[digit:], np.full_like(y[digit:], digit))
 
         monkeypatch.setattr(mnist, "arrays", all_one)
-        setting = Digits(DIGITS, (*tiny, *SMALL, *GENERATING), 0, home(tiny) / "table" / str(digit) / "work")
+        setting = Digits(DIGITS, (*tiny, *SMALL, *GENERATING), 0, home(tiny) / f"table {digit}" / "row" / "work")
         found = mnist._drawn(100, setting)
         chosen.add(str(found.choices))
         errors.add(found.figures["error"].value)
     assert len(chosen) == 1 < len(errors)
-    assert len(list((home(tiny) / "table").glob("validation-*.json"))) == 10, "once for each checkpoint, for all rows"
+
+
+def test_rows_of_the_same_nets_share_the_choice_and_interruptions_do_not_change_it(
+    tiny: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mnist, "COMPARED", 100)
+    monkeypatch.setattr(mnist, "arrays", with_validation)
+    words, scored = (*tiny, *SMALL, *GENERATING), []
+    score = mnist._score
+    monkeypatch.setattr(mnist, "_score", lambda run, step, *rest: scored.append(step) or score(run, step, *rest))
+    found = [
+        mnist._drawn(100, Digits(DIGITS, words, 0, home(tiny) / "table" / row / "work")).choices for row in ("a", "b")
+    ]
+    assert found[0] == found[1]
+    assert len(scored) == 12, "ten checkpoints once, and what is reported twice"
+    (run,) = (home(tiny) / "runs").iterdir()
+    shutil.copytree(run / "checkpoints" / "3", run / "checkpoints" / "4")  # as SIGTERM leaves one
+    again = mnist._drawn(100, Digits(DIGITS, words, 0, home(tiny) / "another table" / "a" / "work"))
+    assert again.choices == found[0]
+    assert 4 not in scored
 
 
 @pytest.mark.parametrize("conditional", [False, True])
@@ -603,7 +627,7 @@ class Planned(Setting):
                     "model.affine": False,
                     "train.weight_decay": 2.5e-5,
                 },
-                **{"train.decay": 0.5, "train.ema": 0.999, "train.keep": 10, "train.steps": 20_000},
+                **{"train.decay": 0.5, "train.ema": 0.999, "train.keep": 20, "train.steps": 20_000},
             },
         ),
     ],
