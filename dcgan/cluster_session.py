@@ -112,7 +112,7 @@ def _connect(address: str, directory: Path, workers: int) -> None:
             reason = f"{error} {error.__cause__ or ''}".strip()
             raise WorkerError(
                 f"RAY_ADDRESS={address} can't be joined from here; this machine has to be a node of that cluster "
-                f"(`ray start --address={address}` makes it one): {reason}"
+                f"(`.venv/bin/ray start --address={address}` makes it one): {reason}"
             ) from error
         return
     for attempt in range(1, START_ATTEMPTS + 1):

@@ -197,7 +197,8 @@ def _describe(error: dict[str, Any]) -> str:
     if error["type"] == "missing":
         return f"{key} is required"
     if error["type"] == "tuple_type":
-        reason = "input should be a list, as in [1, 2]"
+        example = "[svm, knn]" if key == "evaluate.protocols" else "[1, 2]"
+        reason = f"input should be a list, as in {example}"
     return f"{key}={error['input']!r}: {reason[0].lower()}{reason[1:]}"
 
 

@@ -78,7 +78,10 @@ class Run:
         try:
             return cls(path.absolute(), validate(recorded["experiment"]), recorded["fingerprint"], recorded["scored"])
         except (ValueError, KeyError) as error:
-            raise ValueError(f"{file} is of another version: {error}") from error
+            raise ValueError(
+                f"{file} was written by another version of this package, which can still use it; start a new run "
+                f"here: {error}"
+            ) from error
 
     @property
     def name(self) -> str:

@@ -39,7 +39,7 @@ class Section(BaseModel):
         """Python counts True as 1, so `model.hidden=true` would be a layer one unit wide."""
         items = value if isinstance(value, list | tuple) else [value]
         if bool in map(type, items) and cls.model_fields[info.field_name or ""].annotation is not bool:
-            raise ValueError("input should not be true or false")
+            raise ValueError("input should be a number, a word or a list, not true or false")
         return value
 
 

@@ -77,8 +77,8 @@ def ui() -> None:
 
 def _start_servers() -> None:
     named = os.environ.get("MLFLOW_TRACKING_URI") or MLFLOW
-    if urlsplit(named).hostname != "127.0.0.1":  # an older address of its own may still be in a shell
-        fail("this runs an MLflow server of its own, and MLFLOW_TRACKING_URI names another: unset it")
+    if (other := urlsplit(named).hostname or named) not in ("127.0.0.1", "localhost"):  # its own, also an older one's
+        fail(f"this runs an MLflow server of its own, and MLFLOW_TRACKING_URI names another, at {other}: unset it")
     for server in SERVERS:
         server.start()
     say(f"starting {' and '.join(server.name for server in SERVERS)} ...")

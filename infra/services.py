@@ -44,7 +44,14 @@ def _address(name: str, port: str) -> str:
     """Where a server runs, or else should be started."""
     recorded = _recorded(name)
     running = recorded[1] if recorded else ""
-    return f"http://127.0.0.1:{running or os.environ.get(f'{name.upper()}_PORT') or port}"
+    chosen = running or os.environ.get(f"{name.upper()}_PORT") or port
+    if not (chosen.isdecimal() and 0 < int(chosen) < 2**16):
+        fail(f"{name.upper()}_PORT={chosen!r} is not a port, a whole number from 1 to 65535")
+    return f"http://127.0.0.1:{chosen}"
+
+
+def fail(message: str) -> NoReturn:
+    sys.exit(f"error: {message}")
 
 
 PREFECT, MLFLOW = _address("prefect", "4200"), _address("mlflow", "5000")
@@ -61,10 +68,6 @@ ENVIRONMENT = {
 }
 
 say = functools.partial(print, flush=True)
-
-
-def fail(message: str) -> NoReturn:
-    sys.exit(f"error: {message}")
 
 
 @dataclass

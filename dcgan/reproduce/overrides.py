@@ -24,7 +24,10 @@ class Override(NamedTuple):
         if not equals:
             raise ValueError(f"override {word!r} is not of the form section.key=value")
         if slash and preset not in config.PRESETS:
-            raise ValueError(f"override {word!r}: {preset!r} is no preset{config.meant(preset, config.PRESETS)}")
+            known = f"; presets are {', '.join(config.PRESETS)}"
+            raise ValueError(
+                f"override {word!r}: {preset!r} is no preset{config.meant(preset, config.PRESETS) or known}"
+            )
         return cls(preset, rest, value) if slash else cls("", key, value)
 
 
@@ -55,7 +58,7 @@ def check(overrides: Sequence[str], seeds: int = 1) -> None:
     for word in overrides:
         preset, key, value = Override.read(word)
         if key not in known:
-            raise ValueError(f"unknown key {key!r}{config.meant(key, known)}")
+            raise ValueError(f"unknown key {key!r}{config.meant(key, known) or '; `dcgan run --help` lists the keys'}")
         if preset and key in ("data.home", "compute.device"):
             raise ValueError(f"{word}: a row has one home and one device for everything: give {key}={value}")
         config.refuse_secret(key, value)  # each of them: the record has them all, also those that a later one replaces

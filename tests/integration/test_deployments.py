@@ -254,9 +254,19 @@ def test_another_mlflow_server_is_refused(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, **names}, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr == (
-        "error: this runs an MLflow server of its own, and MLFLOW_TRACKING_URI names another: unset it\n"
+        "error: this runs an MLflow server of its own, and MLFLOW_TRACKING_URI names another, at mlflow.example: "
+        "unset it\n"
     )
     assert not (tmp_path / "home").exists()
+
+
+@pytest.mark.parametrize("port", ["abc", "0", "65536", "-1"])
+def test_what_is_no_port_is_refused(tmp_path: Path, port: str) -> None:
+    names = {"DCGAN_HOME": str(tmp_path / "home"), "PREFECT_PORT": port}
+    command = [sys.executable, "infra/local.py", "up"]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **names}, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == f"error: PREFECT_PORT={port!r} is not a port, a whole number from 1 to 65535\n"
 
 
 def test_a_port_that_is_given_up_a_little_later_is_taken(tmp_path: Path) -> None:

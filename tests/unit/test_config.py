@@ -148,7 +148,7 @@ def test_combinations_that_cannot_work_are_refused(overrides: list[str], reason:
         ("train.steps", "override 'train.steps' is not of the form section.key=value"),
         ("train.steps={", "train.steps='{' is not a value that YAML can read"),
         ("train.steps=2015-99-99", "train.steps='2015-99-99' is not a value that YAML can read"),
-        ("evaluate.protocols=svm", r"evaluate.protocols='svm': input should be a list, as in \[1, 2\]"),
+        ("evaluate.protocols=svm", r"evaluate.protocols='svm': input should be a list, as in \[svm, knn\]"),
     ],
 )
 def test_what_is_wrong_with_an_override_is_said(word: str, message: str) -> None:
