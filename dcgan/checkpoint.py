@@ -112,15 +112,23 @@ def steps(run: Run) -> list[int]:
     return sorted(int(p.parent.name) for p in run.checkpoints.glob("*/manifest.json") if p.parent.name.isdigit())
 
 
+def planned(run: Run) -> list[int]:
+    """Those of them that the run also has if it is never interrupted."""
+    train = run.experiment.train
+    return [step for step in steps(run) if step % train.checkpoint_every == 0 or step == train.steps]
+
+
 def read_best(run: Run) -> dict[str, Any] | None:
     """What best.json should hold, from the manifests: a kill may come between a checkpoint and that file.
 
     Step, metric and value of the checkpoint with the lowest distance, the first of equals; None if there is none.
     Distances count that are to the same splits as the newest's: a version before this one knew only training images.
+    A checkpoint that was kept because training was stopped does not, if there is another: without the stop it would not
+    be there.
     """
     found: list[tuple[float, int]] = []
     compared = None
-    for step in reversed(steps(run)):
+    for step in reversed(planned(run) or steps(run)):
         try:
             manifest = json.loads((run.checkpoints / str(step) / storage.MANIFEST).read_bytes())
             distance = manifest["swd"], step

@@ -27,7 +27,7 @@ def train(chosen: argparse.Namespace) -> None:
     from dcgan import tracking
 
     run = find(chosen.target, chosen.overrides)
-    if _train(run):
+    if _train(run) or tracking.is_running(run.path):  # killed after its last step, before it was ended
         tracking.finish(run, "FINISHED")
 
 
@@ -50,14 +50,19 @@ def report(chosen: argparse.Namespace) -> None:
 
 
 def run_all(chosen: argparse.Namespace) -> None:
-    from dcgan import stages
+    from dcgan import stages, tracking
 
     run = find(chosen.target, chosen.overrides)
     _train(run)
-    print("extracting features")
-    stages.extract(run)
-    _evaluate(run)
-    print(f"report in {stages.report(run)}")
+    try:
+        print("extracting features")
+        stages.extract(run)
+        _evaluate(run)
+        print(f"report in {stages.report(run)}")
+    except BaseException as error:
+        if tracking.is_running(run.path):
+            tracking.finish(run, tracking.how_it_ended(error))
+        raise
 
 
 def sample(chosen: argparse.Namespace) -> None:

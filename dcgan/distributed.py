@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from inspect import signature
 from typing import Any
 
@@ -61,11 +62,10 @@ def join(device: str) -> Iterator[Place]:
         # torchrun shows every rank all devices, Ray may show each only its own
         where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         torch.cuda.set_device(where)
-    try:
-        yield Place(rank, world, where)
-    finally:
-        if owned:
-            dist.destroy_process_group()
+    yield Place(rank, world, where)
+    # Not after an error, for which NCCL would have this process wait for ranks that wait for it: it ends, and they see.
+    if owned:
+        dist.destroy_process_group()
 
 
 def share(batch_size: int, world: int) -> int:
@@ -86,12 +86,21 @@ def wrap(net: nn.Module, place: Place) -> nn.Module:
     if place.device.type != "cuda":
         return nn.parallel.DistributedDataParallel(net, **OWN_BUFFERS)
     # Built on a side stream, or its collectives can't be recorded (PyTorch's notes on CUDA graphs).
-    own, stream = torch.cuda.current_stream(place.device), torch.cuda.Stream(place.device)
-    stream.wait_stream(own)  # the weights may still be on their way to the device
-    with torch.cuda.stream(stream):
+    own, side = torch.cuda.current_stream(place.device), recorder(place.device)
+    side.wait_stream(own)  # the weights may still be on their way to the device
+    with torch.cuda.stream(side):
         wrapped = nn.parallel.DistributedDataParallel(net, **OWN_BUFFERS)
-    own.wait_stream(stream)  # which sends rank 0's to the others
+    own.wait_stream(side)  # which sends rank 0's to the others
     return wrapped
+
+
+@cache
+def recorder(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which steps are warmed up and recorded.
+
+    DistributedDataParallel is built there, too: its gradients stay on the stream that it was built on.
+    """
+    return torch.cuda.Stream(device)
 
 
 def recordable(place: Place) -> bool:

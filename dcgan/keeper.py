@@ -152,6 +152,7 @@ class _Beside:
         self.stream = torch.cuda.Stream(device)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="keeper")
         self._pending: deque[Future[None]] = deque()
+        self._failed = False
 
     def do(self, work: Callable[[], None]) -> None:
         """Queue work. Raises what earlier work raised."""
@@ -172,10 +173,15 @@ class _Beside:
             self._thread.shutdown()
 
     def _run(self, work: Callable[[], None], launched: torch.cuda.Event) -> None:
+        if self._failed:  # a line may have been written in part, after which no other must come
+            return
         with torch.cuda.stream(self.stream):
             self.stream.wait_event(launched)
             try:
                 work()
+            except BaseException:
+                self._failed = True
+                raise
             finally:
                 self.stream.synchronize()  # before the memory that it reads is given back
 

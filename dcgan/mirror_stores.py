@@ -11,6 +11,8 @@ import math
 import os
 import re
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from dcgan import mirror, storage
@@ -61,44 +63,72 @@ def _pull_store(remote: Remote, stores: Path, fingerprint: str, cache_gb: float)
     return True
 
 
-def use(store: Path) -> None:
-    """Record that a store is used now, and keep this host's processes from removing it until this one ends."""
-    now = time.time_ns()  # finer than the kernel's own clock for files, which ticks every few milliseconds
-    os.utime(store, ns=(now, now))
-    if store not in _used:
-        _used[store] = os.open(store / storage.MANIFEST, os.O_RDONLY)
-        fcntl.flock(_used[store], fcntl.LOCK_SH)
+def use(store: Path) -> bool:
+    """Record that a store is used now, and keep this host's processes from removing it until this one ends.
+
+    False if it is not there, perhaps because another process removed it a moment ago.
+    """
+    with ExitStack() as stack:
+        try:
+            descriptor = os.open(store / storage.MANIFEST, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_SH)  # waits for a removal
+            if not os.path.samestat(os.fstat(descriptor), (store / storage.MANIFEST).stat()):
+                return False
+            now = time.time_ns()  # finer than the kernel's own clock for files, which ticks every few milliseconds
+            os.utime(store, ns=(now, now))
+        except FileNotFoundError:
+            return False
+        stack.pop_all()
+    if (earlier := _used.pop(store, None)) is not None:  # perhaps of a store that was replaced
+        os.close(earlier)
+    _used[store] = descriptor
+    return True
 
 
-def _is_used(store: Path) -> bool:
-    with (store / storage.MANIFEST).open() as manifest:
+@contextmanager
+def _alone(store: Path) -> Iterator[bool]:
+    """Whether no other process of this host uses the store; none begins to while the body runs."""
+    with (store / storage.MANIFEST).open("r+") as manifest:  # NFS locks for one alone only what may be written
         try:
             fcntl.flock(manifest, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            return True
-    return False
+            yield False
+        else:
+            yield True
 
 
 def _make_room(remote: Remote, stores: Path, needed: int, cache_gb: float) -> None:
     limit = cache_gb * 1e9
     if needed > limit:
         raise OSError(f"data.cache_gb={cache_gb:g} is too little for a store of {needed / 1e9:.2f} GB")
-    there = sorted(
-        (path.parent for path in stores.glob(f"*/{storage.MANIFEST}")), key=lambda path: path.stat().st_mtime
-    )
-    sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in there}
-    for path in there:
-        if sum(sizes.values()) + needed <= limit:
-            return
-        if not _is_used(path) and remote.read(f"stores/{path.name}/{storage.MANIFEST}") is not None:
-            log.info("removing the copy of image store %s to make room: %s keeps it", path.name, remote.url)
-            storage.discard(path)
-            sizes.pop(path)
+    with storage.hold(stores / "index" / "room.lock", str(stores), patience=math.inf):  # one process removes at a time
+        there = sorted(
+            (path.parent for path in stores.glob(f"{16 * '[0-9a-f]'}/{storage.MANIFEST}")),
+            key=lambda path: path.stat().st_mtime,
+        )
+        sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in there}
+        for path in there:
+            if sum(sizes.values()) + needed <= limit:
+                return
+            if _remove_copy(remote, path):
+                sizes.pop(path)
     if sum(sizes.values()) + needed > limit:
         raise OSError(
             f"{stores} holds {sum(sizes.values()) / 1e9:.2f} GB of image stores that are in use, or that {remote.url} "
             f"does not have; with {needed / 1e9:.2f} GB more that is over data.cache_gb={cache_gb:g}"
         )
+
+
+def _remove_copy(remote: Remote, store: Path) -> bool:
+    """Remove a store if no process uses it and the remote has the same; False if not."""
+    with _alone(store) as alone:
+        manifest = (store / storage.MANIFEST).read_bytes()
+        if not alone or remote.read(f"stores/{store.name}/{storage.MANIFEST}") != manifest:
+            return False
+        log.info("removing the copy of image store %s to make room: %s keeps it", store.name, remote.url)
+        storage.discard(store)
+        return True
 
 
 def read_index(url: str, key: str) -> str | None:

@@ -35,7 +35,7 @@ class Player:
         self._warm_up = WARM_UP if game.place.world == 1 else WARM_UP_OF_RANKS
         self._cuda = game.place.device.type == "cuda"
         recording = graph and self._cuda and distributed.recordable(game.place)
-        self._recorder = torch.cuda.Stream() if recording else None
+        self._recorder = distributed.recorder(game.place.device) if recording else None
 
     def settling(self, step: int) -> bool:
         """Whether this step, on CUDA, is among the first of its kind: nothing else may use the device meanwhile."""
@@ -119,8 +119,9 @@ class _Recorded:
             with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
                 function(self.inputs)
         except RuntimeError as error:
+            cause = error.__context__ or error  # the end of a recording that something broke has an error of its own
             raise ValueError(  # a setting helps, and another attempt would not
-                f"a step can't be recorded as a CUDA graph; compute.graph=false does without: {error}"
+                f"a step can't be recorded as a CUDA graph; compute.graph=false does without: {cause}"
             ) from error
 
     def __call__(self, batch: Batch) -> None:

@@ -59,8 +59,8 @@ class Remote:
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 return function()
-            except REFUSALS:
-                raise
+            except REFUSALS as error:
+                raise type(error)(f"{what} {self.url}/{path}: {error}") from error
             except faults() as error:
                 problem = f"{what} {self.url}/{path}: {type(error).__name__}: {' '.join(str(error).split())}"
                 if type(error).__name__ == "NoCredentialsError":

@@ -117,7 +117,8 @@ class Run:
         if data.remote:
             from dcgan import mirror_stores
 
-            if path.exists() or mirror_stores.pull_store(self.home, data.remote, fingerprint, data.cache_gb):
+            if not mirror_stores.use(path):
+                mirror_stores.pull_store(self.home, data.remote, fingerprint, data.cache_gb)
                 mirror_stores.use(path)
         return Store.open(self.home, fingerprint, verify, share)
 

@@ -17,6 +17,7 @@ from dcgan import checkpoint, environment, evaluate, features, storage
 from dcgan.config import Evaluate, Protocol, digest
 from dcgan.data.store import Store
 from dcgan.evaluate import EVALUATORS, Evaluator
+from dcgan.evaluate.inputs import raw_pixels
 from dcgan.evaluate.samples import computing_on
 from dcgan.run import Run
 
@@ -76,13 +77,6 @@ def of_run(run: Run, evaluator: Evaluator, source: str) -> Scores:
 def of_pixels(home: Path, store: Store, settings: Evaluate, evaluator: Evaluator) -> Scores:
     """The scores of the images themselves, float32 (N, C * H * W) in [0, 1]."""
     return _once(home, store, settings, evaluator, "pixels", lambda split: raw_pixels(store.images(split)))
-
-
-def raw_pixels(images: np.ndarray) -> np.ndarray:
-    """uint8 (N, C, H, W) as float32 (N, C * H * W) in [0, 1]."""
-    pixels = images.reshape(len(images), -1).astype(np.float32)
-    pixels /= 255  # in place: a float32 copy of Tiny ImageNet takes 5 GB
-    return pixels
 
 
 def used(evaluator: Evaluator, settings: Evaluate) -> dict[str, Any]:

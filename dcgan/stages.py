@@ -185,7 +185,7 @@ def report(run: Run) -> Path:
 
     finished = max(checkpoint.steps(run), default=0) >= run.experiment.train.steps
     if finished:
-        tracking.start(run)
+        tracking.ensure(run)
     file = page.write(run)
     try:
         tracking.sync(run)

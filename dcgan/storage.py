@@ -100,13 +100,25 @@ def staging(parent: Path) -> Iterator[Path]:
     for abandoned in parent.glob(".staging-*"):
         with suppress(FileNotFoundError, BlockingIOError), _locked(abandoned, fcntl.LOCK_NB):
             shutil.rmtree(abandoned, ignore_errors=True)
-    staged = parent / f".staging-{secrets.token_hex(8)}"
-    staged.mkdir()
-    with _locked(staged):
-        try:
-            yield staged
-        finally:
-            shutil.rmtree(staged, ignore_errors=True)
+    staged, descriptor = _fresh(parent)
+    try:
+        yield staged
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+        os.close(descriptor)
+
+
+def _fresh(parent: Path) -> tuple[Path, int]:
+    """A new directory and the descriptor that holds its lock; before that, another process may have removed it."""
+    while True:
+        staged = parent / f".staging-{secrets.token_hex(8)}"
+        staged.mkdir()
+        with suppress(FileNotFoundError):
+            descriptor = os.open(staged, os.O_RDONLY)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if staged.exists():
+                return staged, descriptor
+            os.close(descriptor)
 
 
 @contextmanager

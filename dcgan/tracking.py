@@ -94,9 +94,26 @@ def start(run: Run, tags: dict[str, str] | None = None) -> str | None:
     return _attempt(run, status="RUNNING", ended=None, tags=tags or {})
 
 
+def ensure(run: Run) -> None:
+    """Create the run's MLflow run unless there is one, so that `url` links to it; its status stays."""
+    if not (run.path / "environment.json").is_file():
+        _record_environment(run)
+    _attempt(run)
+
+
+def is_running(path: Path) -> bool:
+    """Whether the run in this directory has an MLflow run that was not ended, also if its process was killed."""
+    return (path / "mlflow.json").is_file() and Ledger.load(path / "mlflow.json").status == "RUNNING"
+
+
 def finish(run: Run, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
     """Deliver missing metrics and set the status; if MLflow is unreachable, warns and leaves it to `sync`."""
     _attempt(run, status=status, ended=milliseconds())
+
+
+def how_it_ended(error: BaseException) -> Literal["FAILED", "KILLED"]:
+    """The status of a run that an error ended: Ctrl-C, SIGTERM and Prefect's cancellation are no `Exception`."""
+    return "FAILED" if isinstance(error, Exception) else "KILLED"
 
 
 def sync(run: Run) -> Delivery:
@@ -113,9 +130,9 @@ def sync(run: Run) -> Delivery:
 def follow(run: Run) -> Iterator[None]:
     """Deliver metrics and sample grids every few seconds while the body, training, runs, and at its end.
 
-    The run is RUNNING; if the body raises, FAILED or, on Ctrl-C, KILLED. Where and with what it trains is recorded in
-    environment.json. Never raises itself: an unreachable server causes one warning, and the record on disk is delivered
-    when it is back, or by `sync`.
+    The run is RUNNING; if the body raises, FAILED or, if it was stopped, KILLED. Where and with what it trains is
+    recorded in environment.json. Never raises itself: an unreachable server causes one warning, and the record on disk
+    is delivered when it is back, or by `sync`.
     """
     _record_environment(run)
     stop = threading.Event()
@@ -125,7 +142,7 @@ def follow(run: Run) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        end.update(status="KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED", ended=milliseconds())
+        end.update(status=how_it_ended(error), ended=milliseconds())
         raise
     finally:
         stop.set()
@@ -144,7 +161,7 @@ def _follow(run: Run, stop: threading.Event, end: dict[str, Any]) -> None:
     while True:
         last, found = stop.is_set(), _written(run)
         if last:
-            wanted |= end
+            wanted = dict(end)  # and not RUNNING, if that never arrived: whoever called `finish` knows better
         if last or found != delivered:  # an empty delivery costs as much as any other
             try:
                 with _courier(run, **wanted) as courier:
@@ -187,13 +204,18 @@ def _courier(run: Run, **wanted: Any) -> "Iterator[Courier]":
         for name, value in wanted.items():
             setattr(ledger, name, {**ledger.tags, **value} if name == "tags" else value)
         ledger.save()
-        for name, value in SETTINGS.items():
-            os.environ.setdefault(name, value)
+        settle()
         from dcgan.tracking_courier import Courier  # imports MLflow: two seconds
         from dcgan.tracking_run import failures
 
         with failures(without_password(uri(run.home))):
             yield Courier(run, ledger)
+
+
+def settle() -> None:
+    """Set what MLflow reads from the environment, before it is imported."""
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
 
 
 @contextmanager

@@ -116,13 +116,17 @@ class Courier:
     # What the later stages record.
 
     def scores(self) -> None:
-        """Scores as metrics, at the number of images the scored checkpoint has seen; controls under their own names."""
+        """Scores as metrics, controls under their own names; at the number of images the run has seen.
+
+        Not the scored checkpoint: MLflow shows the value of the highest step, and a choice may go back to an earlier
+        one.
+        """
         for path in sorted((self.run.path / "scores").glob("*.json")):
             self._once(f"metrics of {path.name}", storage.sha256(path), self._score, path)
 
     def _score(self, path: Path, again: bool) -> None:
         content = json.loads(path.read_text())
-        step = content["checkpoint"] * self.run.experiment.train.batch_size
+        step = max([line["images"] for line in self.run.metrics()[-1:]], default=0)
         when = int(path.stat().st_mtime * 1000)  # the same each time, so that MLflow drops what it has already
         values = summary.flat(content["scores"])
         metrics = [Metric(key, value, when, step) for key, value in values.items() if math.isfinite(value)]
@@ -132,7 +136,8 @@ class Courier:
     def files(self) -> None:
         """Settings, records, scores, report and exported weights, under the paths that they have in the run."""
         files = {path for pattern in FILES for path in self.run.path.glob(pattern) if path.is_file()}
-        for path in sorted(files - {self.ledger.path}):
+        whole = {path for path in files if not path.name.startswith(".")}  # a kill leaves others, half written
+        for path in sorted(whole - {self.ledger.path}):
             name = path.relative_to(self.run.path).as_posix()
             self.delivery.files += self._once(name, storage.sha256(path), self._file, path)
 

@@ -16,7 +16,7 @@ TOKEN = "dcgan.token"
 def log(
     home: Path, experiment: str, name: str, token: str, metrics: dict[str, float], params: dict[str, Any], text: str
 ) -> None:
-    """Create the finished run of a row, unless one with this token exists.
+    """Create the finished run of a row, unless one with this token exists; one that a kill left RUNNING is ended.
 
     metrics: `measured/<column>`, `published/<column>` and the like. text: the run's description, Markdown. Raises
     TrackingError if MLflow can't be reached or refuses.
@@ -27,7 +27,11 @@ def log(
         now = milliseconds()
         tags = {"mlflow.source.name": "dcgan", "mlflow.source.type": "LOCAL", "mlflow.note.content": text}
         where, mine = tracking_run.experiment(client, home, experiment), f"tags.`{TOKEN}` = '{token}'"
-        if client.search_runs([where], f"{mine} AND attributes.status = 'FINISHED'", max_results=1):
+        known = client.search_runs([where], mine)
+        for run in known:
+            if run.info.status == "RUNNING":
+                client.set_terminated(run.info.run_id, "KILLED")
+        if any(run.info.status == "FINISHED" for run in known):
             return
         run = client.create_run(where, now, {TOKEN: token}, name)
         try:

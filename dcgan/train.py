@@ -184,6 +184,6 @@ if __name__ == "__main__":
         sys.stderr.write("stopped; the same command continues from here\n")
         sys.exit(130)  # as `dcgan train` does
     except (ValueError, OSError, RuntimeError) as error:
-        if not is_for_users(error):
+        if not (is_for_users(error) or isinstance(error, DivergedError | StoppedError)):  # which are of __main__ here
             raise
         sys.exit(f"error: {error}")

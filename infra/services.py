@@ -44,7 +44,9 @@ def _address(name: str, port: str) -> str:
     """Where a server runs, or else should be started."""
     recorded = _recorded(name)
     running = recorded[1] if recorded else ""
-    chosen = running or os.environ.get(f"{name.upper()}_PORT") or port
+    file = SERVICES / f"{name}.pid"  # of one that died: worker and flow runs still ask at its port
+    died = "".join(file.read_text().split()[2:3]) if file.is_file() else ""
+    chosen = running or os.environ.get(f"{name.upper()}_PORT") or died or port
     if not (chosen.isdecimal() and 0 < int(chosen) < 2**16):
         fail(f"{name.upper()}_PORT={chosen!r} is not a port, a whole number from 1 to 65535")
     return f"http://127.0.0.1:{chosen}"
@@ -155,13 +157,14 @@ class Service:
         pid = self.pid()
         if pid is None:
             return False
-        os.killpg(pid, signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):  # another command may be stopping it, too
+            os.killpg(pid, signal.SIGTERM)
         deadline = time.monotonic() + STOP_SECONDS
         while self.pid() is not None and time.monotonic() < deadline:
             time.sleep(0.1)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)  # any of the group that ignored the request
-        self.pid_file.unlink()
+        self.pid_file.unlink(missing_ok=True)
         return True
 
 

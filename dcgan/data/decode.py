@@ -60,6 +60,7 @@ def decode(raw: bytes, size: int, exif: bool = False) -> np.ndarray:
 
 def _upright(image: Image.Image) -> Image.Image:
     """Turned as its metadata say, if they can be read; other tags than the orientation don't matter."""
+    image.load()  # which turns a TIFF, and removes its tag
     try:
         number = image.getexif().get(ExifTags.Base.Orientation)
     except (*DAMAGED, LookupError, AttributeError):

@@ -94,8 +94,10 @@ def _copy_known(data: Data, home: Path, key: str, index: Path) -> None:
     fingerprint = _recorded(index) or mirror_stores.read_index(data.remote, key)
     if fingerprint is None:
         return
-    there = (home / "stores" / fingerprint).exists()
-    if there or mirror_stores.pull_store(home, data.remote, fingerprint, data.cache_gb):
+    path = home / "stores" / fingerprint
+    # In use from here on: verifying it may take minutes, in which another process may look for room.
+    if mirror_stores.use(path) or mirror_stores.pull_store(home, data.remote, fingerprint, data.cache_gb):
+        mirror_stores.use(path)
         storage.write_json(index, {"fingerprint": fingerprint})
 
 
@@ -132,9 +134,9 @@ def _recorded(index: Path) -> str | None:
 def _working(home: Path, key: str) -> Iterator[Path]:
     """The directory in which this input's shards are made: survives a kill or an error, unless it has no shards."""
     directory = home / "stores" / f".ingest-{key}"
-    directory.mkdir(parents=True, exist_ok=True)
-    (index := home / "stores" / "index").mkdir(exist_ok=True)
+    (index := home / "stores" / "index").mkdir(parents=True, exist_ok=True)
     with storage.hold(index / f"{key}.lock", str(directory)):
+        directory.mkdir(exist_ok=True)
         try:
             yield directory
         finally:
@@ -159,6 +161,8 @@ def assemble(
     about = opened.description
     images = shard_images or shards.images_per_shard(about.channels, about.size)
     (directory / publish.UNPUBLISHED).mkdir(exist_ok=True)
+    for half_written in (directory / publish.UNPUBLISHED).glob(".*"):
+        half_written.unlink()
     jobs = list(_jobs(opened, directory, images, skip))
     _require_space(directory, opened)
     missing = [job for job in jobs if not shards.made(job)]

@@ -145,3 +145,10 @@ def draw(labels: np.ndarray, per_class: int, seed: tuple[int, ...]) -> np.ndarra
 def _choose(labels: np.ndarray, counts: dict[int, int], rng: np.random.Generator) -> np.ndarray:
     chosen = [rng.permutation(np.flatnonzero(labels == label))[:count] for label, count in counts.items()]
     return np.sort(np.concatenate(chosen))
+
+
+def raw_pixels(images: np.ndarray) -> np.ndarray:
+    """uint8 (N, C, H, W) as float32 (N, C * H * W) in [0, 1]."""
+    pixels = images.reshape(len(images), -1).astype(np.float32)
+    pixels /= 255  # in place: a float32 copy of Tiny ImageNet takes 5 GB
+    return pixels

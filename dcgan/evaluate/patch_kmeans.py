@@ -142,7 +142,7 @@ def whitener(patches: Tensor) -> tuple[Tensor, Tensor]:
 def cluster(patches: Tensor, count: int, rng: np.random.Generator) -> Tensor:
     """Centroids (count, D) of patches (n, D) after 50 iterations of k-means from small random ones.
 
-    A centroid that is nearest to no patch becomes a random patch.
+    A centroid that is nearest to no patch becomes a random patch; the published code makes it zero.
     """
     centroids = 0.1 * torch.from_numpy(rng.standard_normal((count, patches.shape[1]), np.float32))
     for _ in range(ITERATIONS):

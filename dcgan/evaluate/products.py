@@ -21,6 +21,7 @@ MEASURED = 8  # samples per direction on which its curvature is measured
 COLUMNS = 1024  # features per part where all rows are needed at once
 # Below this share of the largest, an eigenvalue of products in float32 is only rounding error.
 NOISE = 1e-7
+ROUNDING = 1e-10  # the same of products in float64; below it float32 does not tell a direction from the others
 
 
 def products(x: Samples) -> "Streamed | Reduced":
@@ -69,12 +70,13 @@ class Reduced:
         self.x, self.device = x, x.device
         products = torch.ones(len(x), len(x), dtype=torch.float64, device=x.device)  # of the constant feature
         for _, part in x.parts(COLUMNS):
-            products += part @ part.T
+            exact = part.double()  # in float32, a mean of 1,000 deviations would hide what is beside it
+            products.addmm_(exact, exact.T)
         spectrum, vectors = torch.linalg.eigh(products)
-        kept = spectrum > NOISE * spectrum[-1]
+        kept = spectrum > ROUNDING * spectrum[-1]
         spectrum, vectors = spectrum[kept], vectors[:, kept]
         self.width, self.spectrum = len(spectrum), (spectrum / len(x)).float()
-        self.rows, self.back = (vectors * spectrum.sqrt()).float(), (vectors / spectrum.sqrt()).float()
+        self.rows, self.back = (vectors * spectrum.sqrt()).float(), vectors / spectrum.sqrt()
 
     def transposed(self, values: Tensor) -> Tensor:
         """As in `Streamed`."""
@@ -90,9 +92,13 @@ class Reduced:
         return vectors / (1 + strength * self.spectrum)
 
     def original(self, weights: Tensor) -> Tensor:
-        """As in `Streamed`."""
-        values = weights @ self.back.T
-        return torch.cat([transposed(self.x, values), values.sum(1, keepdim=True)], 1)
+        """As in `Streamed`; summed in float64, since what samples have in common cancels out."""
+        values = weights.double() @ self.back.T
+        total = torch.zeros(len(values), self.x.width + 1, dtype=torch.float64, device=self.device)
+        for where, block in self.x.blocks():
+            total[:, :-1].addmm_(values[:, where], block.double())
+        total[:, -1] = values.sum(1)
+        return total.float()
 
 
 def scores(x: Samples, weights: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ ITERATIONS = 2000  # of L-BFGS in one stage; 5 to 250 are needed on standardised
 # Of the change of variables that makes the problem well-conditioned. On 800 images of SVHN (160 labelled) and C = 0.1:
 # 581 evaluations with it and 2,647 without.
 SKETCH_ROWS = 1024
+SCALE = 2.0**20  # SciPy compares what a step gains with the objective, but with 1 where that is less
 NOISE = 1e-10  # of the largest eigenvalue; below it an eigenvector is rounding error
 
 
@@ -138,10 +139,10 @@ class _Problem:
 
         def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
             values, gradient = self.at(reached(flat), unlabelled)
-            return float(values.sum()), turned(gradient).cpu().numpy().ravel()
+            return SCALE * float(values.sum()), SCALE * turned(gradient).cpu().numpy().ravel()
 
         # The curvature in these variables is the decay or more, so a step gains at most |gradient|^2 / (2 decay).
-        bounds = {"ftol": tol, "gtol": (2 * self.decay * RESOLVED / begin.numel()) ** 0.5}
+        bounds = {"ftol": tol, "gtol": SCALE * (2 * self.decay * RESOLVED / begin.numel()) ** 0.5}
         options = bounds | {"maxiter": ITERATIONS, "maxfun": 2 * ITERATIONS}
         found = minimize(objective, np.zeros(begin.numel()), method="L-BFGS-B", jac=True, options=options)
         if not found.success:

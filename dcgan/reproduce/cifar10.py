@@ -95,5 +95,6 @@ TABLE = Table(
         Row("dcgan_cifar10", "DCGAN (CIFAR-10 itself, 3x3) + L2-SVM", {}, "", _of_itself, CIFAR10),
     ),
     "The discriminator's features come from all convolution layers, pooled to 4x4 and standardised; C is chosen on "
-    "images held out of train, except for k-means with all labels, whose C is the published 100 / N.",
+    "images held out of train, except for k-means with all labels, whose C is the published 100 / N. A centroid "
+    "without patches becomes one of them, where the published code makes it zero.",
 )

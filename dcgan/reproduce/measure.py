@@ -108,7 +108,11 @@ def _once(table: str, row: Row, overrides: tuple[str, ...], seed: int) -> dict[s
     directory.mkdir(parents=True, exist_ok=True)
     file = directory / f"{name}.json"
     if file.is_file():
-        return json.loads(file.read_text())
+        kept = json.loads(file.read_text())
+        for run in (home(overrides) / "runs" / name for name in kept["measured"]["runs"]):
+            if tracking.is_running(run):  # killed after the row was kept, before its run was reported
+                stages.report(Run.open(run))
+        return kept
     began, where = time.perf_counter(), _where()  # taken now: the code may change before the end
     setting = Setting(row.presets, overrides, seed, directory / name)
     with _ended(setting.runs), computing_on(given(overrides, "compute.device") or "auto"):
@@ -149,7 +153,7 @@ def _ended(runs: dict[str, Run]) -> Iterator[None]:
         yield
     except BaseException as error:
         for run in runs.values():
-            tracking.finish(run, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            tracking.finish(run, tracking.how_it_ended(error))
         raise
     for run in runs.values():
         stages.report(run)
@@ -188,7 +192,8 @@ def _where() -> dict[str, Any]:
 
 
 def _deliver(table: str, row: Row, content: dict[str, Any], where: Path) -> None:
-    from dcgan import tracking_rows
+    tracking.settle()
+    from dcgan import tracking_rows  # imports MLflow
 
     metrics = {f"measured/{column}": cell[0] for column, cell in content["figures"].items()}
     metrics |= {f"spread/{column}": cell[1] for column, cell in content["figures"].items() if cell[1] is not None}

@@ -48,7 +48,7 @@ def _drawn(count: int, setting: Setting) -> Measured:
     run = setting.trained("mnist", *MODEL)
     _, held_out, test = arrays(run.store())
     assert held_out is not None
-    candidates = _candidates(run)
+    candidates = checkpoint.planned(run)
     error, step = min((_error_on(held_out, run, step, setting), step) for step in candidates)
     fewer = [size for size in FEWER if size < count]
     found = _score(run, step, count, setting.seed, test, fewer)
@@ -59,12 +59,6 @@ def _drawn(count: int, setting: Setting) -> Measured:
         {"checkpoint": f"step {step:,}, {CHOSEN.format(len(candidates))}, {error:.2%}"},
         (run.name,),
     )
-
-
-def _candidates(run: Run) -> list[int]:
-    """The steps of the kept checkpoints that every such run has, also if it was never interrupted."""
-    train = run.experiment.train
-    return [step for step in checkpoint.steps(run) if step % train.checkpoint_every == 0 or step == train.steps]
 
 
 def _error_on(held_out: Labelled, run: Run, step: int, setting: Setting) -> float:

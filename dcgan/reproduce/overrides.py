@@ -39,7 +39,7 @@ def of(words: Sequence[str], preset: str) -> list[str]:
 def home(overrides: Sequence[str]) -> Path:
     """Where everything is written: the last `data.home` of the overrides, or the default."""
     path = given(overrides, "data.home")
-    return Path(path).expanduser().absolute() if path else config.default_home()
+    return Path(path).expanduser().absolute() if path not in (None, "", "null") else config.default_home()
 
 
 def given(overrides: Sequence[str], key: str) -> str | None:

@@ -14,6 +14,7 @@ from dcgan.reproduce import TABLES, page
 from dcgan.reproduce.rows import Figure, Measured, Table
 
 PAGE = "results.md"
+LOCK_SECONDS = 60.0  # it is held for milliseconds
 
 
 def keep(directory: Path, table: str, rows: dict[str, dict[str, Any]]) -> Path:
@@ -21,10 +22,15 @@ def keep(directory: Path, table: str, rows: dict[str, dict[str, Any]]) -> Path:
 
     A record of what was not measured never replaces one of what was.
     """
-    known = read(directory, table)
-    new = {row: content for row, content in rows.items() if "figures" in content or "figures" not in known.get(row, {})}
-    storage.write_json(directory / "results" / f"{table}.json", {**known, **new})
-    return write_page(directory)
+    results = directory / "results"
+    results.mkdir(parents=True, exist_ok=True)
+    with storage.hold(results / ".lock", str(results), LOCK_SECONDS):  # another process may end a row just now
+        known = read(directory, table)
+        for row, content in rows.items():
+            if "figures" in content or "figures" not in known.get(row, {}):
+                known[row] = content
+        storage.write_json(results / f"{table}.json", known)
+        return write_page(directory)
 
 
 def read(directory: Path, table: str) -> dict[str, dict[str, Any]]:

@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1, help="score only steps divisible by this")
     chosen = parser.parse_args()
     run = Run.open(chosen.run)
-    store, device = run.store(), features._device(run)
+    store, scored, device = run.store(), run.scored_store(), features._device(run)
     settings = run.experiment.evaluate.model_copy(update={"labels": LABELS})
     print("  step  distance  held out    test")
     for step in checkpoint.steps(run):
@@ -44,9 +44,11 @@ def main() -> None:
         directory = run.checkpoints / str(step)
         distance = json.loads((directory / storage.MANIFEST).read_text())["swd"]
         _, discriminator, _ = checkpoint.load_nets(directory)
-        features.calibrate(discriminator, store, device)
-        extractor = Extractor(discriminator).eval().to(device)
-        parts = {split: (extracted(extractor, Images(store, (split,))), store.labels(split)) for split in store.scored}
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # as the pipeline extracts them
+            features.calibrate(discriminator, store, device)
+            extractor = Extractor(discriminator).eval().to(device)
+            found = {split: extracted(extractor, Images(scored, (split,))) for split in scored.scored}
+        parts = {split: (x, scored.labels(split)) for split, x in found.items()}
         found = svm.score(*parts["train"], *parts["test"], settings, parts.get("validation"))
         values = [found[f"svm/{name}"] for name in ("validation_accuracy", "accuracy")]
         print(f"{step:6} {distance:9.4f} {values[0]:9.4f} {values[1]:7.4f}", flush=True)

@@ -84,7 +84,7 @@ def main() -> None:
     chosen = parser.parse_args()
     x, y = features(chosen.samples, chosen.features)
     for c in chosen.c:
-        used = peak(lambda c=c: L2SVM(C=c).fit(x, y))
+        used = peak(lambda c=c: L2SVM(C=c, device="cpu").fit(x, y))
         print(f"memory at C={c:g}: the features and {used / x.nbytes:.2f} of them", flush=True)
     draws()
     double = x.astype(np.float64)
@@ -102,7 +102,11 @@ def main() -> None:
             lowest = min(lowest, theirs[-1][0])
             if theirs[-1][0] <= reached * (1 + 1e-3):
                 break
-        found, tol, their_wall, their_cpu = next(t for t in theirs if t[0] <= lowest * (1 + 1e-3))
+        near = [found for found in theirs if found[0] <= lowest * (1 + 1e-3)]
+        if not near:
+            print(f"C={c:g}: ours {wall:.1f} s; LinearSVC came within 1e-3 of it with none of {TOLERANCES}", flush=True)
+            continue
+        found, tol, their_wall, their_cpu = near[0]
         print(
             f"{chosen.samples} x {chosen.features}, C={c:g}: ours {wall:.1f} s, {reached / lowest - 1:.1e} above the "
             f"lowest; LinearSVC(tol={tol:g}) {their_wall:.1f} s, {found / lowest - 1:.1e} above; "

@@ -52,7 +52,7 @@ def main() -> None:
             wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
             values = "  ".join(f"{metric} {value:.4g}" for metric, value in found.items())
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-            print(f"  {values}  ({wall:.0f} s, {cpu:.0f} s of processors, peak {peak:.0f} MiB)", flush=True)
+            print(f"  {values}  ({wall:.0f} s, {cpu:.0f} s of processors, peak so far {peak:.0f} MiB)", flush=True)
 
 
 if __name__ == "__main__":

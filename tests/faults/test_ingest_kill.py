@@ -72,6 +72,7 @@ def test_killed_ten_times_the_store_is_the_same(tree: Path, tmp_path: Path, dedu
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     fingerprint = ingest(data(tree, deduplicate=deduplicate), whole)
     seen: list[int] = []
+    written: dict[str, int] = {}  # when each shard was
     for _ in range(10):
         process = start(tree, broken, 0.05, deduplicate)
         before = len(seen and made(broken))
@@ -81,6 +82,11 @@ def test_killed_ten_times_the_store_is_the_same(tree: Path, tmp_path: Path, dedu
         process.send_signal(signal.SIGKILL)
         process.wait()
         seen.append(len(made(broken)))
+        shards = [record.parent / "store" / f"{record.stem}.npy" for record in made(broken)]
+        now = {shard.name: shard.stat().st_mtime_ns for shard in shards if shard.exists()}
+        if not deduplicate:  # which makes shards anew that have duplicates
+            assert {name: now.get(name) for name in written} in (written, dict.fromkeys(written)), "made once"
+            written = now
         if (broken / "stores" / fingerprint).exists():
             break
     assert sorted(seen[:-1]) == seen[:-1], "no shard that was complete is lost"

@@ -209,20 +209,21 @@ def test_a_server_that_dies_ends_nothing_up_again_starts_nothing_twice_and_down_
     (run,) = map(Run.open, set(stack.home.glob("runs/*")) - before)
     pids = {path.stem: path.read_text() for path in (stack.home / "services").glob("*.pid")}
     os.killpg(int(pids["prefect"].split()[0]), signal.SIGKILL)
-    again = stack.local("up")
+    # Whoever forgets the ports means those at which the worker still asks, and later the servers that run, not those of
+    # others at the usual ports.
+    ports = {"PREFECT_PORT", "MLFLOW_PORT"}
+    forgotten = Stack(stack.home, {name: value for name, value in stack.environment.items() if name not in ports})
+    again = forgotten.local("up")
     assert again.returncode == 0, again.stdout + again.stderr
     now = {path.stem: path.read_text() for path in (stack.home / "services").glob("*.pid")}
     assert {name for name in now if now[name] == pids[name]} == {"mlflow", "worker"}
     done = len(run.metrics())
     until(lambda: len(run.metrics()) > done + 10, 60)
 
-    # Whoever forgets the ports means the servers that run, not those of others at the usual ports.
     elsewhere = Stack(stack.home, {**stack.environment, "PREFECT_PORT": free_port()})
     refused = elsewhere.local("up")
     assert refused.returncode == 1
     assert refused.stderr.startswith(f"error: prefect runs at port {stack.environment['PREFECT_PORT']}, not ")
-    ports = {"PREFECT_PORT", "MLFLOW_PORT"}
-    forgotten = Stack(stack.home, {name: value for name, value in stack.environment.items() if name not in ports})
     assert forgotten.local("up").returncode == 0
     assert {path.stem: path.read_text() for path in (stack.home / "services").glob("*.pid")} == now
 

@@ -120,6 +120,27 @@ def test_everything_a_run_has_is_delivered_once(new_run: Callable[..., Run]) -> 
     assert (again.metrics, again.images, again.files, again.models) == (0, 0, 0, 0)
 
 
+def test_scores_of_an_earlier_checkpoint_that_was_chosen_later_are_those_shown(new_run: Callable[..., Run]) -> None:
+    run = new_run()
+    fabricated.finished(run)
+    tracking.sync(run)
+    file = run.path / "scores" / "svm.json"
+    content = json.loads(file.read_text())
+    content["checkpoint"] -= 200
+    content["scores"]["discriminator"]["svm/accuracy"] = 0.125
+    file.write_text(json.dumps(content))
+    tracking.sync(run)
+    assert record(run).data.metrics["svm/accuracy"] == 0.125
+
+
+def test_what_a_kill_left_half_written_is_not_delivered(new_run: Callable[..., Run]) -> None:
+    run = new_run()
+    fabricated.finished(run)
+    (run.path / "scores" / ".svm.json.1a2b3c4d").write_text("{")
+    tracking.sync(run)
+    assert artifacts(run, "scores") == {"scores/clustering.json", "scores/svm.json"}
+
+
 def test_a_checkpoint_that_is_no_longer_kept_leaves_mlflow(new_run: Callable[..., Run]) -> None:
     run = new_run()
     fabricated.save(run, 200, 0.3)

@@ -102,8 +102,9 @@ def test_a_run_finds_its_images_at_the_remote_and_keeps_them(server: s3.Store, t
     shutil.copytree(run.path, other / "runs" / run.name)
     there = Run.open(other / "runs" / run.name).store()
     assert content(there.path) == content(path)
-    assert mirror_stores._is_used(there.path)
-    assert mirror_stores._is_used(path), "since it was ingested"
+    for store in (there.path, path):  # the second since it was ingested
+        with mirror_stores._alone(store) as alone:
+            assert not alone
 
 
 def test_a_tree_at_s3_is_the_same_data_as_here(server: s3.Store, tmp_path: Path) -> None:
@@ -212,6 +213,43 @@ def test_the_longest_unused_stores_make_room(
     with pytest.raises(OSError, match="of image stores that are in use, or that s3://bucket/team does not have"):
         mirror_stores.pull_store(home, URL, homes[1].fingerprint, 1.5 * each)
     assert (home / "stores" / homes[3].fingerprint).is_dir()
+
+
+def test_only_what_the_remote_has_the_same_of_makes_room_and_half_a_copy_does_not_count(
+    server: s3.Store, tmp_path: Path, make_store: Callable[..., Store]
+) -> None:
+    made = [make_store(tmp_path / str(seed), seed=seed) for seed in range(3)]
+    home, each = tmp_path / "home", sum(map(len, content(made[0].path).values())) / 1e9
+    for one in made:
+        mirror_stores.push_store(one.path.parents[1], URL, one.fingerprint)
+    assert mirror_stores.pull_store(home, URL, made[0].fingerprint, 9)
+    shutil.copytree(made[1].path, home / "stores" / f".pull-{made[1].fingerprint}")
+    Remote(URL).write(f"stores/{made[0].fingerprint}/manifest.json", b"{")
+    with pytest.raises(OSError, match=rf"holds {each:.2f} GB of image stores"):
+        mirror_stores.pull_store(home, URL, made[2].fingerprint, 1.5 * each)
+    assert mirror_stores.pull_store(home, URL, made[2].fingerprint, 2.5 * each)
+    assert (home / "stores" / made[0].fingerprint).is_dir()
+
+
+def test_a_store_that_another_process_has_removed_is_not_in_use(
+    tmp_path: Path, make_store: Callable[..., Store]
+) -> None:
+    made = make_store(tmp_path / "home")
+    assert mirror_stores.use(made.path)
+    aside = tmp_path / "aside"
+    made.path.rename(aside)
+    assert not mirror_stores.use(made.path)
+    shutil.copytree(aside, made.path)  # as if it was copied again
+    with mirror_stores._alone(made.path) as alone:
+        assert alone, "the lock was the former's"
+    assert mirror_stores.use(made.path)
+    with mirror_stores._alone(made.path) as alone:
+        assert not alone
+
+
+def test_a_bucket_that_is_not_there_is_named(server: s3.Store) -> None:
+    with pytest.raises(FileNotFoundError, match=r"writing s3://nowhere/team/a: .*bucket does not exist"):
+        Remote("s3://nowhere/team").write("a", b"")
 
 
 def test_of_stores_that_nobody_uses_the_one_used_last_stays(

@@ -208,6 +208,7 @@ def test_what_changed_is_fetched_again_and_what_is_gone_removed(
     assert content(root) == expected
     assert [name[0] for name in fetched(store)] == ["a", "b", "d"]
     assert f"{root / 'n02/c.jpg'} is no longer at" in caplog.text
+    assert all(list(path.iterdir()) for path in root.rglob("*") if path.is_dir()), "directories are gone, too"
 
 
 @pytest.mark.parametrize("fault", [503, "reset", "truncate"])

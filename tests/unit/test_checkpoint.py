@@ -21,11 +21,11 @@ def store(tmp_path, make_store):
     return make_store(tmp_path / "home", size=28, channels=1, train=32)
 
 
-def make_run(store, **model):
+def make_run(store, steps=100, **model):
     sections = {
         "data": {"name": "digits", "size": 28, "home": store.path.parent.parent},
         "model": {"kernel": 4, "width": 2, "z_dim": 3, **model},
-        "train": {"steps": 100, "batch_size": 8, "keep": 2, "ema": 0.5},
+        "train": {"steps": steps, "batch_size": 8, "keep": 2, "ema": 0.5, "checkpoint_every": 2},
     }
     return Run.create(validate(sections), store)
 
@@ -110,52 +110,62 @@ def test_a_snapshot_does_not_change_while_training_goes_on(store):
 
 def test_newest_and_best_are_kept_and_the_rest_removed(store):
     run = make_run(store)
-    save(run, make_game(run, store), store, (1, 0.9), (2, 0.1), (3, 0.5), (4, 0.4), (5, 0.1))
-    assert checkpoint.steps(run) == [2, 4, 5]
-    assert checkpoint.read_best(run) == {"step": 2, "metric": "swd", "value": 0.1}  # the first of equals
-    assert checkpoint.best(run).name == "2"
-    assert checkpoint.latest(run).name == "5"
+    save(run, make_game(run, store), store, (2, 0.9), (4, 0.1), (6, 0.5), (8, 0.4), (10, 0.1))
+    assert checkpoint.steps(run) == [4, 8, 10]
+    assert checkpoint.read_best(run) == {"step": 4, "metric": "swd", "value": 0.1}  # the first of equals
+    assert checkpoint.best(run).name == "4"
+    assert checkpoint.latest(run).name == "10"
 
 
 def test_a_checkpoint_that_a_kill_kept_from_being_named_best_is_found(store, caplog):
     """Between the renaming and the pointer."""
     run = make_run(store)
-    save(run, make_game(run, store), store, (1, 0.2), (2, 0.1))
+    save(run, make_game(run, store), store, (2, 0.2), (4, 0.1))
     pointer = run.checkpoints / "best.json"
     pointer.unlink()
-    assert checkpoint.best(run).name == "2"
-    storage.write_json(pointer, {"step": 1, "metric": "swd", "value": 0.2})
-    assert checkpoint.best(run).name == "2"
-    (run.checkpoints / "1" / storage.MANIFEST).write_text("{")
-    save(run, make_game(run, store), store, (3, 0.3))
-    assert json.loads(pointer.read_text()) == {"step": 2, "metric": "swd", "value": 0.1}
-    assert "checkpoint 1 of run" in caplog.text
+    assert checkpoint.best(run).name == "4"
+    storage.write_json(pointer, {"step": 2, "metric": "swd", "value": 0.2})
+    assert checkpoint.best(run).name == "4"
+    (run.checkpoints / "2" / storage.MANIFEST).write_text("{")
+    save(run, make_game(run, store), store, (6, 0.3))
+    assert json.loads(pointer.read_text()) == {"step": 4, "metric": "swd", "value": 0.1}
+    assert "checkpoint 2 of run" in caplog.text
+
+
+def test_a_stop_does_not_change_which_checkpoint_is_best(store):
+    run = make_run(store, steps=5)
+    save(run, make_game(run, store), store, (1, 0.1))
+    assert checkpoint.read_best(run)["step"] == 1, "there is no other"
+    save(run, make_game(run, store), store, (2, 0.3))
+    assert checkpoint.read_best(run)["step"] == 2
+    save(run, make_game(run, store), store, (4, 0.4), (5, 0.2))
+    assert checkpoint.read_best(run)["step"] == 5, "the last step is as planned"
 
 
 def test_only_distances_to_the_same_images_are_compared(store):
     """A run that an older version began has checkpoints whose distances are to training images, and says nothing."""
     run = make_run(store)
     game = make_game(run, store)
-    save(run, game, store, (1, 0.1), (2, 0.3))
-    assert storage.read_manifest(run.checkpoints / "2")["compared"] == list(store.compared) == ["train"]
-    manifest = run.checkpoints / "1" / storage.MANIFEST
+    save(run, game, store, (2, 0.1), (4, 0.3))
+    assert storage.read_manifest(run.checkpoints / "4")["compared"] == list(store.compared) == ["train"]
+    manifest = run.checkpoints / "2" / storage.MANIFEST
     told = json.loads(manifest.read_text())
     for compared in (None, ["validation"]):
         storage.write_json(manifest, told | {"compared": compared})
-        assert checkpoint.read_best(run) == {"step": 2, "metric": "swd", "value": 0.3}
+        assert checkpoint.read_best(run) == {"step": 4, "metric": "swd", "value": 0.3}
     storage.write_json(manifest, told)
-    assert checkpoint.read_best(run) == {"step": 1, "metric": "swd", "value": 0.1}
+    assert checkpoint.read_best(run) == {"step": 2, "metric": "swd", "value": 0.1}
 
 
 def test_chosen_follows_the_experiment(store):
     run = make_run(store)
     with pytest.raises(FileNotFoundError, match=r"no checkpoint: `dcgan train .*` makes one"):
         checkpoint.chosen(run)
-    save(run, make_game(run, store), store, (1, 0.1), (2, 0.2))
-    assert checkpoint.chosen(run).name == "1"
+    save(run, make_game(run, store), store, (2, 0.1), (4, 0.2))
+    assert checkpoint.chosen(run).name == "2"
     newest = run.experiment.evaluate.model_copy(update={"checkpoint": "latest"})
     other = replace(run, experiment=run.experiment.model_copy(update={"evaluate": newest}))
-    assert checkpoint.chosen(other).name == "2"
+    assert checkpoint.chosen(other).name == "4"
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "manifest"])

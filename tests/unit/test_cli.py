@@ -105,6 +105,43 @@ def test_training_alone_is_shown_as_finished_and_not_again_when_nothing_is_left(
     assert json.loads(ledger.read_text()) == first
 
 
+def test_training_that_was_killed_before_it_was_ended_is_ended(ran: SimpleNamespace) -> None:
+    words = ("train", "digits", *TINY, "train.seed=7")
+    ledger = Path(dcgan(*words).out.split()[1], "mlflow.json")
+    ledger.write_text(json.dumps({**json.loads(ledger.read_text()), "status": "RUNNING"}))
+    assert dcgan(*words).code == 0
+    assert json.loads(ledger.read_text())["status"] == "FINISHED"
+
+
+@pytest.mark.parametrize(("error", "status"), [(OSError("no space"), "FAILED"), (KeyboardInterrupt(), "KILLED")])
+def test_a_stage_that_fails_after_training_ends_the_run_in_mlflow(
+    ran: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, error: BaseException, status: str
+) -> None:
+    def failing(*_: object) -> None:
+        raise error
+
+    words = ("digits", *TINY, "train.seed=8")
+    monkeypatch.setattr(stages, "extract", failing)
+    assert dcgan("run", *words).code in (2, 130)
+    (run,) = [path for path in ran.run.path.parent.iterdir() if Run.open(path).experiment.train.seed == 8]
+    assert json.loads((run / "mlflow.json").read_text())["status"] == status
+    shutil.rmtree(run)
+
+
+def test_a_report_that_is_interrupted_leaves_a_finished_run_finished(
+    ran: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = ran.run.path / "mlflow.json"
+    assert json.loads(ledger.read_text())["status"] == "FINISHED"
+
+    def interrupted(run: Run) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dcgan.tracking.sync", interrupted)
+    assert dcgan("report", str(ran.run.path)).code == 130
+    assert json.loads(ledger.read_text())["status"] == "FINISHED"
+
+
 def test_ingest_names_the_store_and_the_run(ran: SimpleNamespace) -> None:
     images, run = dcgan("ingest", "digits", *TINY).out.splitlines()
     assert str(ran.run.store().path) in images

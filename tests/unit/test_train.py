@@ -1,6 +1,8 @@
 """The loop: what it writes and when, that it goes on exactly, and that it stops when it must."""
 
 import json
+import subprocess
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
@@ -247,6 +249,27 @@ def test_corrupt_images_are_never_trained_on(make_run):
     with pytest.raises(CorruptError, match=r"train-00000\.npy is corrupt"):
         train.train(run)
     assert not (run.path / "metrics.jsonl").exists()
+
+
+def test_a_loss_that_is_not_finite_ends_the_module_with_one_line(make_run):
+    """As torchrun starts it: its own exceptions are then of the module __main__."""
+    run = make_run()
+    script = f"""
+import runpy, sys
+from dcgan.player import Player
+
+def play(self, step, batch, played=Player.play):
+    played(self, step, batch)
+    self.sums["d_loss"].fill_(float("nan"))
+
+Player.play = play
+sys.argv = ["dcgan.train", {str(run.path)!r}]
+runpy.run_module("dcgan.train", run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(f"error: run {run.name}: d_loss not finite in the steps up to 2")
+    assert "Traceback" not in done.stderr
 
 
 def test_seed_decides_the_run(make_run):

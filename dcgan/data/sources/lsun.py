@@ -19,6 +19,7 @@ from dcgan.data.decode import TRANSFORM
 from dcgan.data.sources import lmdbs, published
 from dcgan.data.sources.base import Opened
 from dcgan.data.sources.lmdbs import FILE
+from dcgan.data.sources.partial import locked
 from dcgan.data.store import Description, SourceFile
 
 log = logging.getLogger(__name__)
@@ -115,12 +116,14 @@ def _file(data: Data, name: str, digest: str, downloads: Path) -> Path:
         if found.name == FILE:
             return found
     unpacked = downloads / name / FILE
-    if not unpacked.exists():
-        if found:
-            archive = published.check(found, digest)
-        else:
-            archive = published.fetch(ADDRESSES, f"{name}.zip", digest, downloads, data)
-        _unpack(archive, f"{name}/{FILE}", unpacked)
+    unpacked.parent.mkdir(parents=True, exist_ok=True)
+    with locked(downloads / f".{name}.lock"):  # for another size it would be unpacked at once, 40 GB beside each other
+        if not unpacked.exists():
+            if found:
+                archive = published.check(found, digest)
+            else:
+                archive = published.fetch(ADDRESSES, f"{name}.zip", digest, downloads, data)
+            _unpack(archive, f"{name}/{FILE}", unpacked)
     return unpacked
 
 

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial as bind
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -154,13 +155,16 @@ class Staging:
             raise attempts.Interrupted(f"{arrived} of {item.size} bytes received")
 
     def _remove_others(self, paths: set[str]) -> None:
-        """Remove files that are no longer at the address: they would be trained on."""
-        for at, _, names in os.walk(self.root):
+        """Remove files, and then directories, that are no longer at the address: they would be trained on, or count."""
+        for at, _, names in os.walk(self.root, topdown=False):
             for name in names:
                 if (path := Path(at, name)).relative_to(self.root).as_posix() not in paths:
                     self.complete.unlink(missing_ok=True)
                     log.warning("%s is no longer at %s; removed", path, self.address)
                     path.unlink()
+            if at != str(self.root):
+                with suppress(OSError):  # it is not empty
+                    os.rmdir(at)
 
     def _report(self, files: int, seconds: float) -> None:
         rate = self._bytes / 1e6 / max(seconds, 1e-3)

@@ -79,11 +79,12 @@ def test_any_mode_becomes_rgb(mode: str) -> None:
     np.testing.assert_array_equal(decode(raw, 32), square(image.convert("RGB"), 32))
 
 
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
 @pytest.mark.parametrize("orientation", range(10))
-def test_every_orientation_is_undone_as_pillow_does(orientation: int) -> None:
+def test_every_orientation_is_undone_as_pillow_does(orientation: int, kind: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    raw = encoded(photograph(40, 40), "PNG", exif=exif)
+    raw = encoded(photograph(40, 40), kind, exif=exif)
     expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(raw)))).transpose(2, 0, 1)
     np.testing.assert_array_equal(decode(raw, 40, exif=True), expected)
 

@@ -35,10 +35,10 @@ def status(key):
 
 rng = np.random.default_rng(0)
 x, y = rng.standard_normal((8_000, 8_192), np.float32), rng.integers(0, 10, 8_000)
-L2SVM(C=1e-4).fit(x[:100], y[:100])  # what libraries load on first use is not the solver's
+L2SVM(C=1e-4, device="cpu").fit(x[:100], y[:100])  # what libraries load on first use is not the solver's
 Path("/proc/self/clear_refs").write_text("5")  # the highest so far is forgotten
 before = status("VmRSS")
-L2SVM(C=1e-4).fit(x, y)
+L2SVM(C=1e-4, device="cpu").fit(x, y)
 print((status("VmHWM") - before) / x.nbytes)
 """
 
@@ -118,6 +118,16 @@ def test_the_reduced_form_of_few_samples_has_the_same_minimum(monkeypatch, c):
     np.testing.assert_allclose(reduced.objective_, streamed.objective_, rtol=2e-5)
     reached = objective(reduced.coef_, reduced.intercept_, x, y, c)
     np.testing.assert_allclose(reached, reduced.objective_, rtol=1e-4)
+
+
+def test_features_far_from_zero_lose_no_direction():
+    rng = np.random.default_rng(3)
+    x, y = (1000 + rng.standard_normal((100, 500))).astype(np.float32), np.arange(100) % 2
+    ours = L2SVM(C=1.0).fit(x, y)
+    theirs = LinearSVC(C=1.0, dual=False, tol=1e-6, max_iter=5000).fit(x.astype(float), y)
+    reached = objective(ours.coef_, ours.intercept_, x, y, 1.0)
+    assert (reached < objective(theirs.coef_, theirs.intercept_, x, y, 1.0) * (1 + 1e-3)).all()
+    assert (ours.predict(x) == y).all()
 
 
 def test_all_penalties_at_once_are_each_fitted_alone():

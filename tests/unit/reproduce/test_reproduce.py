@@ -138,6 +138,38 @@ def test_a_row_that_mlflow_refuses_has_failed_there(tiny: tuple[str, ...]) -> No
     assert sorted(run.info.status for run in found) == ["FAILED", "FINISHED"], "a failed one is no reason to leave it"
 
 
+def test_a_row_whose_delivery_was_killed_does_not_stay_running(
+    tiny: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home(tiny).mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "set_terminated", lambda *_: None)
+        tracking_rows.log(home(tiny), "some", "row", "token", {"a": 1.0}, {}, "")
+    tracking_rows.log(home(tiny), "some", "row", "token", {"a": 1.0}, {}, "")
+    client = MlflowClient(tracking.uri(home(tiny)))
+    found = client.search_runs([client.get_experiment_by_name("some").experiment_id])
+    assert sorted(run.info.status for run in found) == ["FINISHED", "KILLED"]
+
+
+def test_a_run_whose_report_was_killed_is_reported_when_its_row_is_asked_for_again(
+    tiny: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = (*tiny, *SMALL, *MODEL)
+
+    def killed(run: Run) -> None:
+        raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "report", killed)
+        with pytest.raises(SystemExit):
+            measure.one("tiny", "trained", words, seeds=1)
+    (run,) = (home(tiny) / "runs").iterdir()
+    assert tracking.is_running(run)
+    measure.one("tiny", "trained", words, seeds=1)
+    assert not tracking.is_running(run)
+    assert (run / "report.html").is_file()
+
+
 def test_a_row_is_one_run_in_mlflow_however_often_it_is_asked_for(tiny: tuple[str, ...]) -> None:
     for seeds in (1, 1, 2):
         measure.one("tiny", "counted", tiny, seeds)
