@@ -122,18 +122,18 @@ def read_best(run: Run) -> dict[str, Any] | None:
     """What best.json should hold, from the manifests: a kill may come between a checkpoint and that file.
 
     Step, metric and value of the checkpoint with the lowest distance, the first of equals; None if there is none.
-    Distances count that are to the same splits as the newest's: a version before this one knew only training images.
+    Distances count that are to validation images like the newest's, or like it are not.
     A checkpoint that was kept because training was stopped does not, if there is another: without the stop it would not
     be there.
     """
     found: list[tuple[float, int]] = []
-    compared = None
+    held_out = None
     for step in reversed(planned(run) or steps(run)):
         try:
             manifest = json.loads((run.checkpoints / str(step) / storage.MANIFEST).read_bytes())
             distance = manifest["swd"], step
-            if not found or manifest.get("compared") == compared:
-                compared = manifest.get("compared")
+            if not found or _held_out(manifest) == held_out:
+                held_out = _held_out(manifest)
                 found.append(distance)
         except (OSError, ValueError, KeyError) as error:  # damaged, or no longer kept
             log.warning("checkpoint %d of run %s has no distance: %s", step, run.name, error)
@@ -141,6 +141,11 @@ def read_best(run: Run) -> dict[str, Any] | None:
         return None
     value, step = min(found)
     return {"step": step, "metric": "swd", "value": value}
+
+
+def _held_out(manifest: dict[str, Any]) -> bool:
+    """Whether the distance is to validation images. A version before this one knew only those trained on."""
+    return manifest.get("compared") == ["validation"]
 
 
 def latest(run: Run) -> Path | None:

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dcgan import config
+from dcgan import config, storage
 from dcgan.config import PRESETS
 from dcgan.run import Run
 
@@ -60,7 +60,7 @@ def run_all(chosen: argparse.Namespace) -> None:
         _evaluate(run)
         print(f"report in {stages.report(run)}")
     except BaseException as error:
-        if tracking.is_running(run.path):
+        if not isinstance(error, storage.BusyError) and tracking.is_running(run.path):  # another process is at work
             tracking.finish(run, tracking.how_it_ended(error))
         raise
 

@@ -12,7 +12,7 @@ import os
 import re
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from dcgan import mirror, storage
@@ -86,16 +86,29 @@ def use(store: Path) -> bool:
     return True
 
 
+def used_or_copied(home: Path, url: str, fingerprint: str, cache_gb: float) -> bool:
+    """Use a store, copied from the remote first if it is not here; False if neither has it, or it is damaged here.
+
+    Raises as `pull_store` does.
+    """
+    path = home / "stores" / fingerprint
+    while not use(path):
+        if path.exists() or not pull_store(home, url, fingerprint, cache_gb):
+            return False
+    return True
+
+
 @contextmanager
 def _alone(store: Path) -> Iterator[bool]:
     """Whether no other process of this host uses the store; none begins to while the body runs."""
-    with (store / storage.MANIFEST).open("r+") as manifest:  # NFS locks for one alone only what may be written
-        try:
+    with ExitStack() as stack:
+        alone = False
+        with suppress(BlockingIOError, PermissionError, FileNotFoundError):  # used, of another user, removed
+            # NFS locks for one alone only what may be written.
+            manifest = stack.enter_context((store / storage.MANIFEST).open("r+"))
             fcntl.flock(manifest, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
+            alone = os.path.samestat(os.fstat(manifest.fileno()), (store / storage.MANIFEST).stat())
+        yield alone
 
 
 def _make_room(remote: Remote, stores: Path, needed: int, cache_gb: float) -> None:
@@ -123,8 +136,9 @@ def _make_room(remote: Remote, stores: Path, needed: int, cache_gb: float) -> No
 def _remove_copy(remote: Remote, store: Path) -> bool:
     """Remove a store if no process uses it and the remote has the same; False if not."""
     with _alone(store) as alone:
-        manifest = (store / storage.MANIFEST).read_bytes()
-        if not alone or remote.read(f"stores/{store.name}/{storage.MANIFEST}") != manifest:
+        if not alone:
+            return False
+        if remote.read(f"stores/{store.name}/{storage.MANIFEST}") != (store / storage.MANIFEST).read_bytes():
             return False
         log.info("removing the copy of image store %s to make room: %s keeps it", store.name, remote.url)
         storage.discard(store)

@@ -65,7 +65,7 @@ class Player:
     def close(self) -> None:
         """Forget what was recorded: NCCL waits for graphs with its collectives before a process group can end.
 
-        Also where an error is under way, whose traceback still refers to a graph.
+        Also where an error is under way, whose traceback still refers to a graph: Ray then ends the group.
         """
         for each in self._recorded.values():
             each.graph.reset()
@@ -119,9 +119,9 @@ class _Recorded:
             with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
                 function(self.inputs)
         except RuntimeError as error:
-            cause = error.__context__ or error  # the end of a recording that something broke has an error of its own
+            cause = f" ({error.__context__})" if error.__context__ else ""  # whose recording then fails at its end, too
             raise ValueError(  # a setting helps, and another attempt would not
-                f"a step can't be recorded as a CUDA graph; compute.graph=false does without: {cause}"
+                f"a step can't be recorded as a CUDA graph; compute.graph=false does without: {error}{cause}"
             ) from error
 
     def __call__(self, batch: Batch) -> None:

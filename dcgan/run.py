@@ -113,13 +113,11 @@ class Run:
         return self._open(self.scored)
 
     def _open(self, fingerprint: str, verify: bool = False, share: tuple[int, int] = (0, 1)) -> Store:
-        data, path = self.experiment.data, self.home / "stores" / fingerprint
+        data = self.experiment.data
         if data.remote:
             from dcgan import mirror_stores
 
-            if not mirror_stores.use(path):
-                mirror_stores.pull_store(self.home, data.remote, fingerprint, data.cache_gb)
-                mirror_stores.use(path)
+            mirror_stores.used_or_copied(self.home, data.remote, fingerprint, data.cache_gb)
         return Store.open(self.home, fingerprint, verify, share)
 
     def metrics(self) -> list[dict[str, Any]]:

@@ -98,7 +98,7 @@ def staging(parent: Path) -> Iterator[Path]:
     """
     parent.mkdir(parents=True, exist_ok=True)
     for abandoned in parent.glob(".staging-*"):
-        with suppress(FileNotFoundError, BlockingIOError), _locked(abandoned, fcntl.LOCK_NB):
+        with suppress(FileNotFoundError, BlockingIOError), _alone(abandoned):
             shutil.rmtree(abandoned, ignore_errors=True)
     staged, descriptor = _fresh(parent)
     try:
@@ -122,10 +122,11 @@ def _fresh(parent: Path) -> tuple[Path, int]:
 
 
 @contextmanager
-def _locked(directory: Path, flags: int = 0) -> Iterator[None]:
+def _alone(directory: Path) -> Iterator[None]:
+    """Hold a directory's lock. Raises BlockingIOError if another process does."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | flags)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:
         os.close(descriptor)

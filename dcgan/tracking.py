@@ -112,7 +112,10 @@ def finish(run: Run, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
 
 
 def how_it_ended(error: BaseException) -> Literal["FAILED", "KILLED"]:
-    """The status of a run that an error ended: Ctrl-C, SIGTERM and Prefect's cancellation are no `Exception`."""
+    """The status of a run that an error ended: Ctrl-C, SIGTERM and Prefect's cancellation are no `Exception`.
+
+    A training that another process asked to stop is FAILED: whoever asked ends the run as it should be.
+    """
     return "FAILED" if isinstance(error, Exception) else "KILLED"
 
 
@@ -130,7 +133,7 @@ def sync(run: Run) -> Delivery:
 def follow(run: Run) -> Iterator[None]:
     """Deliver metrics and sample grids every few seconds while the body, training, runs, and at its end.
 
-    The run is RUNNING; if the body raises, FAILED or, if it was stopped, KILLED. Where and with what it trains is
+    The run is RUNNING; if the body raises, as `how_it_ended` says. Where and with what it trains is
     recorded in environment.json. Never raises itself: an unreachable server causes one warning, and the record on disk
     is delivered when it is back, or by `sync`.
     """

@@ -77,7 +77,10 @@ def ui() -> None:
 
 def _start_servers() -> None:
     named = os.environ.get("MLFLOW_TRACKING_URI") or MLFLOW
-    if (other := urlsplit(named).hostname or named) not in ("127.0.0.1", "localhost"):  # its own, also an older one's
+    if (other := urlsplit(named).hostname or urlsplit(named).scheme) not in (
+        "127.0.0.1",
+        "localhost",
+    ):  # its own, also an older one's
         fail(f"this runs an MLflow server of its own, and MLFLOW_TRACKING_URI names another, at {other}: unset it")
     for server in SERVERS:
         server.start()

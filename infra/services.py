@@ -156,6 +156,7 @@ class Service:
         """Stop it and all its children; False if it was not running."""
         pid = self.pid()
         if pid is None:
+            self.pid_file.unlink(missing_ok=True)
             return False
         with contextlib.suppress(ProcessLookupError):  # another command may be stopping it, too
             os.killpg(pid, signal.SIGTERM)

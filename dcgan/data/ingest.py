@@ -92,18 +92,15 @@ def _copy_known(data: Data, home: Path, key: str, index: Path) -> None:
 
     assert data.remote is not None
     fingerprint = _recorded(index) or mirror_stores.read_index(data.remote, key)
-    if fingerprint is None:
-        return
-    path = home / "stores" / fingerprint
     # In use from here on: verifying it may take minutes, in which another process may look for room.
-    if mirror_stores.use(path) or mirror_stores.pull_store(home, data.remote, fingerprint, data.cache_gb):
-        mirror_stores.use(path)
+    if fingerprint and mirror_stores.used_or_copied(home, data.remote, fingerprint, data.cache_gb):
         storage.write_json(index, {"fingerprint": fingerprint})
 
 
 def _copy(remote: str, home: Path, fingerprint: str, key: str, index: Path) -> None:
     from dcgan import mirror_stores
 
+    mirror_stores.use(home / "stores" / fingerprint)  # once it is at the remote, it may be removed here
     mirror_stores.push_store(home, remote, fingerprint)
     mirror_stores.write_index(remote, key, index)
 
@@ -162,7 +159,7 @@ def assemble(
     images = shard_images or shards.images_per_shard(about.channels, about.size)
     (directory / publish.UNPUBLISHED).mkdir(exist_ok=True)
     for half_written in (directory / publish.UNPUBLISHED).glob(".*"):
-        half_written.unlink()
+        half_written.unlink(missing_ok=True)  # Ray's actors outlive a driver by seconds
     jobs = list(_jobs(opened, directory, images, skip))
     _require_space(directory, opened)
     missing = [job for job in jobs if not shards.made(job)]

@@ -2,7 +2,7 @@
 
 A row that can't be measured (no data, no weights) says why and does not stop the others. What was measured is kept
 under `<home>/reproduced/<table>/<row>/`, so the same command resumes where it stopped; a row is measured again when its
-table's module, its presets, the modules that read their images or the evaluators have changed. To have that otherwise,
+table's module, its presets, the modules of its data sets or the evaluators have changed. To have that otherwise,
 delete the file there and, for a row that trains, its run or the scores in it. If a run that was there already, or its
 scores, came from other code, the record has that code's commit too.
 """
@@ -111,7 +111,12 @@ def _once(table: str, row: Row, overrides: tuple[str, ...], seed: int) -> dict[s
         kept = json.loads(file.read_text())
         for run in (home(overrides) / "runs" / name for name in kept["measured"]["runs"]):
             if tracking.is_running(run):  # killed after the row was kept, before its run was reported
-                stages.report(Run.open(run))
+                try:
+                    stages.report(Run.open(run))
+                except (ValueError, OSError, RuntimeError) as error:  # the row was measured all the same
+                    if not config.is_for_users(error):
+                        raise
+                    log.warning("run %s is not reported: %s", run.name, error)
         return kept
     began, where = time.perf_counter(), _where()  # taken now: the code may change before the end
     setting = Setting(row.presets, overrides, seed, directory / name)

@@ -253,7 +253,9 @@ def test_a_value_that_is_not_finite_becomes_a_tag(new_run: Callable[..., Run]) -
     assert tags["event.non_finite"] == "step 30: d_loss, g_loss not finite"
 
 
-@pytest.mark.parametrize(("error", "status"), [(ValueError, "FAILED"), (KeyboardInterrupt, "KILLED")])
+@pytest.mark.parametrize(
+    ("error", "status"), [(ValueError, "FAILED"), (SystemExit, "KILLED"), (KeyboardInterrupt, "KILLED")]
+)
 def test_training_that_ends_early_is_shown_as_such(
     new_run: Callable[..., Run], error: type[BaseException], status: str
 ) -> None:

@@ -116,6 +116,8 @@ def _file(data: Data, name: str, digest: str, downloads: Path) -> Path:
         if found.name == FILE:
             return found
     unpacked = downloads / name / FILE
+    if unpacked.exists():
+        return unpacked
     unpacked.parent.mkdir(parents=True, exist_ok=True)
     with locked(downloads / f".{name}.lock"):  # for another size it would be unpacked at once, 40 GB beside each other
         if not unpacked.exists():
@@ -129,7 +131,6 @@ def _file(data: Data, name: str, digest: str, downloads: Path) -> Path:
 
 def _unpack(archive: Path, member: str, target: Path) -> None:
     """Unpack one file of a zip file, by its exact name, completely or not at all: its CRC is checked on the way."""
-    target.parent.mkdir(parents=True, exist_ok=True)
     try:
         with zipfile.ZipFile(archive) as packed, storage.staging(target.parent) as staged:
             size, free = packed.getinfo(member).file_size, shutil.disk_usage(staged).free

@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
+from fabricated import write_store
 from PIL import Image
 
 from dcgan import environment, storage
@@ -16,7 +17,7 @@ from dcgan.data import shards, sources
 from dcgan.data.ingest import ingest
 from dcgan.data.sources import digits
 from dcgan.data.sources.base import Opened
-from dcgan.data.store import Store
+from dcgan.data.store import Description, Store
 
 
 def tree(root: Path, count: int = 30) -> Path:
@@ -30,6 +31,15 @@ def tree(root: Path, count: int = 30) -> Path:
 
 def folder(root: Path, **settings: object) -> Data:
     return Data(name="folder", size=28, source=str(root), test_fraction=0.3, **settings)  # type: ignore[arg-type]
+
+
+def test_what_a_kill_left_half_written_does_not_get_into_a_store(tmp_path: Path) -> None:
+    image = [(np.zeros((1, 28, 28), np.uint8), 0)]
+    directory = tmp_path / "stores" / ".ingest-fabricated" / "store"
+    directory.mkdir(parents=True)
+    (directory / ".train-00000.npy.1a2b3c4d").write_bytes(b"half")
+    store = write_store(tmp_path, Description("one", ("a",), 28, 1, "none"), {"train": image})
+    assert not list(store.path.glob(".*"))
 
 
 def test_the_second_time_nothing_is_read(home: Path, monkeypatch: pytest.MonkeyPatch, digits_store: Store) -> None:

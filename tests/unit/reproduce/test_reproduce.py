@@ -1,6 +1,7 @@
 """Rows of a table: measured once a seed, kept, shown beside what was published; what can't be measured says why."""
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -136,6 +137,18 @@ def test_a_row_that_mlflow_refuses_has_failed_there(tiny: tuple[str, ...]) -> No
     tracking_rows.log(home(tiny), "some", "row", "token", {"a": 1.0}, {}, "")
     found = client.search_runs([client.get_experiment_by_name("some").experiment_id])
     assert sorted(run.info.status for run in found) == ["FAILED", "FINISHED"], "a failed one is no reason to leave it"
+
+
+@pytest.mark.parametrize("value", ["null", ""])
+def test_no_home_is_the_default_one(value: str) -> None:
+    assert home([f"data.home={value}"]) == config.default_home() == config.build("digits", ["data.home=null"]).home
+
+
+def test_a_row_reaches_mlflow_with_our_settings(tiny: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in tracking.SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    measure.one("tiny", "counted", tiny, seeds=1)
+    assert {name: os.environ[name] for name in tracking.SETTINGS} == tracking.SETTINGS
 
 
 def test_a_row_whose_delivery_was_killed_does_not_stay_running(

@@ -135,7 +135,7 @@ def test_zip_files_are_unpacked_once_and_give_the_same(
     assert opened.sources == direct.sources
     for split in ("train", "test"):
         assert [item.image for item in opened.splits[split]] == [item.image for item in direct.splits[split]]
-    written = sorted(path.relative_to(tmp_path).as_posix() for path in downloads.rglob("*") if path.is_file())
+    written = sorted(path.relative_to(tmp_path).as_posix() for path in downloads.rglob("[!.]*") if path.is_file())
     assert written == [f"downloads/lsun/{name}/data.mdb" for name in (TRAIN, VAL)]
     caplog.clear()
     lsun.read(given(zips), downloads)
@@ -174,7 +174,7 @@ def test_a_zip_file_without_a_sound_lmdb_leaves_nothing(
     monkeypatch.setitem(lsun.CATEGORIES, "bedroom", (storage.sha256(path), lsun.CATEGORIES["bedroom"][1]))
     with pytest.raises(storage.CorruptError, match=r"_train_lmdb\.zip has no sound bedroom_train_lmdb/data\.mdb"):
         lsun.read(given(zips), tmp_path / "downloads")
-    assert not [path for path in (tmp_path / "downloads").rglob("*") if path.is_file()]
+    assert not [path for path in (tmp_path / "downloads").rglob("[!.]*") if path.is_file()]
 
 
 def test_a_disk_too_small_is_refused_before_unpacking(
