@@ -429,7 +429,7 @@ def test_a_server_that_is_away_costs_nothing_and_gets_everything_once(
     assert grids(run) == [step * 64 for step in range(0, 601, 100)]
     assert artifacts(run, "checkpoints/600") == {"checkpoints/600/manifest.json", "checkpoints/600/state.pt"}
     assert record(run).info.status == "FINISHED"
-    fabricated.save(run, 700, 0.1)
+    fabricated.save(run, 1000, 0.1)
     tracking.sync(run)
-    assert artifacts(run, "checkpoints") == {"checkpoints/700", "checkpoints/best.json"}
+    assert artifacts(run, "checkpoints") == {"checkpoints/1000", "checkpoints/best.json"}
     gate.close()
