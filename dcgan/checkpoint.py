@@ -122,9 +122,8 @@ def read_best(run: Run) -> dict[str, Any] | None:
     """What best.json should hold, from the manifests: a kill may come between a checkpoint and that file.
 
     Step, metric and value of the checkpoint with the lowest distance, the first of equals; None if there is none.
-    Distances count that are to validation images like the newest's, or like it are not.
-    A checkpoint that was kept because training was stopped does not, if there is another: without the stop it would not
-    be there.
+    Compared are only distances to the same kind of images as the newest's: held out, or trained on. A checkpoint that
+    was kept because training was stopped takes no part, if there is another: without the stop it would not be there.
     """
     found: list[tuple[float, int]] = []
     held_out = None

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dcgan import config, storage
+from dcgan import config
 from dcgan.config import PRESETS
 from dcgan.run import Run
 
@@ -54,15 +54,11 @@ def run_all(chosen: argparse.Namespace) -> None:
 
     run = find(chosen.target, chosen.overrides)
     _train(run)
-    try:
+    with tracking.ending(lambda: [run]):
         print("extracting features")
         stages.extract(run)
         _evaluate(run)
         print(f"report in {stages.report(run)}")
-    except BaseException as error:
-        if not isinstance(error, storage.BusyError) and tracking.is_running(run.path):  # another process is at work
-            tracking.finish(run, tracking.how_it_ended(error))
-        raise
 
 
 def sample(chosen: argparse.Namespace) -> None:

@@ -173,15 +173,14 @@ class _Beside:
             self._thread.shutdown()
 
     def _run(self, work: Callable[[], None], launched: torch.cuda.Event) -> None:
-        if self._failed:  # a line may have been written in part, after which no other must come
+        if self._failed:
             return
         with torch.cuda.stream(self.stream):
             self.stream.wait_event(launched)
+            self._failed = True  # until it is done: half a line may have been written, which no other must follow
             try:
                 work()
-            except BaseException:
-                self._failed = True
-                raise
+                self._failed = False
             finally:
                 self.stream.synchronize()  # before the memory that it reads is given back
 

@@ -8,7 +8,7 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,6 +111,23 @@ def finish(run: Run, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
     _attempt(run, status=status, ended=milliseconds())
 
 
+@contextmanager
+def ending(runs: Callable[[], Iterable[Run]]) -> Iterator[None]:
+    """End those of the runs in MLflow that are not ended, if the body raises: `how_it_ended` says how.
+
+    Not if another process is at work on them, who will. runs: asked then, since the body may open them.
+    """
+    try:
+        yield
+    except storage.BusyError:
+        raise
+    except BaseException as error:
+        for run in runs():
+            if is_running(run.path):
+                finish(run, how_it_ended(error))
+        raise
+
+
 def how_it_ended(error: BaseException) -> Literal["FAILED", "KILLED"]:
     """The status of a run that an error ended: Ctrl-C, SIGTERM and Prefect's cancellation are no `Exception`.
 
@@ -133,9 +150,9 @@ def sync(run: Run) -> Delivery:
 def follow(run: Run) -> Iterator[None]:
     """Deliver metrics and sample grids every few seconds while the body, training, runs, and at its end.
 
-    The run is RUNNING; if the body raises, as `how_it_ended` says. Where and with what it trains is
-    recorded in environment.json. Never raises itself: an unreachable server causes one warning, and the record on disk
-    is delivered when it is back, or by `sync`.
+    The run is RUNNING; if the body raises, what `how_it_ended` says. Where and with what it trains is recorded in
+    environment.json. Never raises itself: an unreachable server causes one warning, and the record on disk is delivered
+    when it is back, or by `sync`.
     """
     _record_environment(run)
     stop = threading.Event()

@@ -126,7 +126,8 @@ class Courier:
 
     def _score(self, path: Path, again: bool) -> None:
         content = json.loads(path.read_text())
-        step = max([line["images"] for line in self.run.metrics()[-1:]], default=0)
+        lines = self.run.metrics()
+        step = lines[-1]["images"] if lines else 0
         when = int(path.stat().st_mtime * 1000)  # the same each time, so that MLflow drops what it has already
         values = summary.flat(content["scores"])
         metrics = [Metric(key, value, when, step) for key, value in values.items() if math.isfinite(value)]

@@ -18,7 +18,6 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -109,26 +108,33 @@ def _once(table: str, row: Row, overrides: tuple[str, ...], seed: int) -> dict[s
     file = directory / f"{name}.json"
     if file.is_file():
         kept = json.loads(file.read_text())
-        for run in (home(overrides) / "runs" / name for name in kept["measured"]["runs"]):
-            if tracking.is_running(run):  # killed after the row was kept, before its run was reported
-                try:
-                    stages.report(Run.open(run))
-                except (ValueError, OSError, RuntimeError) as error:  # the row was measured all the same
-                    if not config.is_for_users(error):
-                        raise
-                    log.warning("run %s is not reported: %s", run.name, error)
+        for path in (home(overrides) / "runs" / name for name in kept["measured"]["runs"]):
+            if tracking.is_running(path):  # killed after the row was kept, before its run was reported
+                _report(path)
         return kept
     began, where = time.perf_counter(), _where()  # taken now: the code may change before the end
     setting = Setting(row.presets, overrides, seed, directory / name)
-    with _ended(setting.runs), computing_on(given(overrides, "compute.device") or "auto"):
+    with tracking.ending(setting.runs.values), computing_on(given(overrides, "compute.device") or "auto"):
         measured = row.measure(setting)
         where["commit"] = ", ".join(dict.fromkeys([*_commits(setting.runs.values()), where["commit"]]))
         trained = filter(None, map(summary.trained_on, setting.runs.values()))
         where["hardware"] = ", ".join(dict.fromkeys([*trained, where["hardware"]]))
         seconds = time.perf_counter() - began
         storage.write_json(file, {**where, "seconds": seconds, "measured": dataclasses.asdict(measured)})
+    for run in setting.runs.values():
+        stages.report(run)
     shutil.rmtree(setting.directory, ignore_errors=True)
     return json.loads(file.read_text())
+
+
+def _report(path: Path) -> None:
+    """Report a run whose row was measured, which holds also if the run is damaged by now."""
+    try:
+        stages.report(Run.open(path))
+    except (ValueError, OSError, RuntimeError) as error:
+        if not config.is_for_users(error):
+            raise
+        log.warning("run %s is not reported: %s", path.name, error)
 
 
 @cache
@@ -149,19 +155,6 @@ def _commits(runs: Iterable[Run]) -> Iterator[str]:
         scored = (content.get("commit", "").split(", ") for content in run.scores().values())
         found = [summary.trained_by(run), *itertools.chain.from_iterable(scored)]
         yield from filter(None, found)
-
-
-@contextmanager
-def _ended(runs: dict[str, Run]) -> Iterator[None]:
-    """End the runs that the body trains when it ends: with report and scores in MLflow, or as failed."""
-    try:
-        yield
-    except BaseException as error:
-        for run in runs.values():
-            tracking.finish(run, tracking.how_it_ended(error))
-        raise
-    for run in runs.values():
-        stages.report(run)
 
 
 def together(found: Sequence[Measured]) -> Measured:

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import fabricated
 import numpy as np
@@ -215,13 +216,21 @@ def test_the_longest_unused_stores_make_room(
     assert (home / "stores" / homes[3].fingerprint).is_dir()
 
 
-def test_only_what_the_remote_has_the_same_of_makes_room_and_half_a_copy_does_not_count(
+@pytest.fixture
+def three_at_the_remote(
     server: s3.Store, tmp_path: Path, make_store: Callable[..., Store]
-) -> None:
+) -> tuple[list[Store], Path, float]:
+    """Stores of the same size that the remote has, an empty home to copy them to, and their size in GB."""
     made = [make_store(tmp_path / str(seed), seed=seed) for seed in range(3)]
-    home, each = tmp_path / "home", sum(map(len, content(made[0].path).values())) / 1e9
     for one in made:
         mirror_stores.push_store(one.path.parents[1], URL, one.fingerprint)
+    return made, tmp_path / "home", sum(map(len, content(made[0].path).values())) / 1e9
+
+
+def test_only_what_the_remote_has_the_same_of_makes_room_and_half_a_copy_does_not_count(
+    three_at_the_remote: tuple[list[Store], Path, float],
+) -> None:
+    made, home, each = three_at_the_remote
     assert mirror_stores.pull_store(home, URL, made[0].fingerprint, 9)
     shutil.copytree(made[1].path, home / "stores" / f".pull-{made[1].fingerprint}")
     Remote(URL).write(f"stores/{made[0].fingerprint}/manifest.json", b"{")
@@ -247,18 +256,34 @@ def test_a_store_that_another_process_has_removed_is_not_in_use(
         assert not alone
 
 
+def test_a_store_is_in_use_from_before_it_is_verified(
+    server: s3.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Verifying LSUN's takes minutes, in which another process may look for room."""
+    path = tmp_path / "stores" / stages.ingest(digits(tmp_path)).fingerprint
+    os.close(mirror_stores._used.pop(path))  # as another process finds it
+    opened, seen = Store.open, []
+
+    def watched(*given: Any) -> Store:
+        with mirror_stores._alone(path) as alone:
+            seen.append(alone)
+        return opened(*given)
+
+    monkeypatch.setattr(Store, "open", watched)
+    stages.ingest(digits(tmp_path))
+    assert seen
+    assert not any(seen)
+
+
 def test_a_bucket_that_is_not_there_is_named(server: s3.Store) -> None:
     with pytest.raises(FileNotFoundError, match=r"writing s3://nowhere/team/a: .*bucket does not exist"):
         Remote("s3://nowhere/team").write("a", b"")
 
 
 def test_of_stores_that_nobody_uses_the_one_used_last_stays(
-    server: s3.Store, tmp_path: Path, make_store: Callable[..., Store]
+    three_at_the_remote: tuple[list[Store], Path, float],
 ) -> None:
-    made = [make_store(tmp_path / str(seed), seed=seed) for seed in range(3)]
-    home, each = tmp_path / "home", sum(map(len, content(made[0].path).values())) / 1e9
-    for one in made:
-        mirror_stores.push_store(one.path.parents[1], URL, one.fingerprint)
+    made, home, each = three_at_the_remote
     for recent in (0, 1):
         for number in (0, 1):
             assert mirror_stores.pull_store(home, URL, made[number].fingerprint, 9)

@@ -6,6 +6,7 @@ import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -272,6 +273,23 @@ runpy.run_module("dcgan.train", run_name="__main__")
     assert "Traceback" not in done.stderr
 
 
+def test_nothing_follows_what_may_have_been_written_in_part():
+    """What the second thread does on CUDA, with a stream that does nothing."""
+    beside = keeper._Beside.__new__(keeper._Beside)
+    beside._failed, done = False, []
+    beside.stream = SimpleNamespace(wait_event=lambda _: None, synchronize=lambda: None)
+
+    def full():
+        raise OSError("no space left")
+
+    with mock.patch.object(torch.cuda, "stream", return_value=nullcontext()):
+        beside._run(lambda: done.append(1), None)
+        with pytest.raises(OSError, match="no space"):
+            beside._run(full, None)
+        beside._run(lambda: done.append(2), None)
+    assert done == [1]
+
+
 def test_seed_decides_the_run(make_run):
     a, b, c = make_run("a"), make_run("b"), make_run("c", seed=1)
     for run in (a, b, c):
@@ -288,20 +306,31 @@ def test_the_distance_of_a_checkpoint_is_measured_on_training_images_only(make_r
     assert set(asked) == {"train"}
 
 
-def test_the_splits_trained_on_are_those_of_the_data_set(tmp_path, monkeypatch):
+@pytest.fixture
+def of_splits(tmp_path, monkeypatch):
+    """A run on a store with these numbers of images, and which splits are read from now on."""
+
+    def make(training, counts):
+        pairs = [(np.full((1, 28, 28), i, np.uint8), i % 2) for i in range(20)]
+        about = Description("random", ("a", "b"), 28, 1, "none", training=training)
+        store = write_store(tmp_path, about, {split: pairs[:count] for split, count in counts.items()})
+        sections = {
+            "data": {"name": "digits", "size": 28, "home": tmp_path},
+            "model": {"kernel": 4, "width": 2},
+            "train": {"steps": 2, "batch_size": 4, "checkpoint_every": 2, "sample_every": 2},
+            "compute": {"workers": 0, "device": "cpu"},
+        }
+        run, asked = Run.create(validate(sections), store), []
+        shards = type(store).shards
+        monkeypatch.setattr(type(store), "shards", lambda self, *splits: asked.append(splits) or shards(self, *splits))
+        return run, asked
+
+    return make
+
+
+def test_the_splits_trained_on_are_those_of_the_data_set(of_splits):
     """As of STL-10, whose images without labels are, and of SVHN with its extra ones."""
-    pairs = [(np.full((1, 28, 28), i, np.uint8), i % 2) for i in range(20)]
-    about = Description("random", ("a", "b"), 28, 1, "none", training=("extra", "train"))
-    store = write_store(tmp_path, about, {"train": pairs[:8], "extra": pairs, "test": pairs})
-    sections = {
-        "data": {"name": "digits", "size": 28, "home": tmp_path},
-        "model": {"kernel": 4, "width": 2},
-        "train": {"steps": 2, "batch_size": 4, "checkpoint_every": 2, "sample_every": 2},
-        "compute": {"workers": 0, "device": "cpu"},
-    }
-    run, asked = Run.create(validate(sections), store), []
-    shards = type(store).shards
-    monkeypatch.setattr(type(store), "shards", lambda self, *splits: asked.append(splits) or shards(self, *splits))
+    run, asked = of_splits(("extra", "train"), {"train": 8, "extra": 20, "test": 20})
     train.train(run)
     assert asked == [("extra", "train")] * 2, "batches, and the distance of a checkpoint"
     asked.clear()
@@ -311,20 +340,9 @@ def test_the_splits_trained_on_are_those_of_the_data_set(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("training", "compared"), [(("train",), ("validation",)), (("train", "validation"), None)])
 def test_the_distance_of_a_checkpoint_is_measured_on_images_held_out_where_there_are_some(
-    tmp_path, monkeypatch, training, compared
+    of_splits, training, compared
 ):
-    pairs = [(np.full((1, 28, 28), i, np.uint8), i % 2) for i in range(20)]
-    about = Description("random", ("a", "b"), 28, 1, "none", training=training)
-    store = write_store(tmp_path, about, {"train": pairs, "validation": pairs[:5], "test": pairs})
-    sections = {
-        "data": {"name": "digits", "size": 28, "home": tmp_path},
-        "model": {"kernel": 4, "width": 2},
-        "train": {"steps": 2, "batch_size": 4, "checkpoint_every": 2, "sample_every": 2},
-        "compute": {"workers": 0, "device": "cpu"},
-    }
-    run, asked = Run.create(validate(sections), store), []
-    shards = type(store).shards
-    monkeypatch.setattr(type(store), "shards", lambda self, *splits: asked.append(splits) or shards(self, *splits))
+    run, asked = of_splits(training, {"train": 20, "validation": 5, "test": 20})
     train.train(run)
     assert asked == [training, compared or training]
     assert rows.checkpoint_rule(run).endswith(f"generated and {'validation' if compared else 'training'} images")
