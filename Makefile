@@ -38,10 +38,11 @@ run: .venv/installed
 	@mkdir -p "$(PREFECT_HOME)"
 	@$(BIN)/python -m flows.train_eval $(PRESET) $(SET)
 
-# One process per file of the slower suites, three at a time: mostly they wait for servers to start or die. The longest
-# first, so that none is left running alone at the end: for the rest, file size is a rough guide.
+# One process per file of the slower suites and per folder of unit tests, three at a time: mostly they wait for servers
+# to start or die. The longest first, so that none is left running alone at the end: file size is a rough guide.
 test: check
-	@{ printf '%s\n' tests/unit tests/faults/test_*.py; ls -S tests/integration/test_*.py; } | xargs -P 3 -I@ sh -c \
+	@{ echo 'tests/unit --ignore-glob=tests/unit/*/*'; printf '%s\n' tests/unit/[!_]*/ tests/faults/test_*.py; \
+	  ls -S tests/integration/test_*.py; } | xargs -P 3 -I@ sh -c \
 	  'found=$$($(BIN)/pytest -q @ 2>&1); code=$$?; printf "%s\n%s\n" "@" "$$found"; exit $$code'
 
 check: .venv/installed

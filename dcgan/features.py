@@ -13,7 +13,9 @@ any number of processes may share; the features are the same.
 
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,8 @@ EXACT = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 
 Maker = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]  # `map`, or what hands the jobs to others
 Statistics = tuple[int, list[np.ndarray]]
+# A net, the fingerprint of its checkpoint (None: a random initialisation), the generator to export with it.
+Bank = tuple[Discriminator, str | None, Generator | None]
 
 
 class Extractor(nn.Module):
@@ -129,17 +133,16 @@ def _extract(run: Run, maker: Maker) -> None:
     _, random = models.build(
         model, store.channels, len(store.classes), store.size, seed
     )  # the control: as before training
-    wanted = {"discriminator": (trained, int(directory.name)), "random_init": (random, 0)}
-    for source, (net, step) in wanted.items():
-        bank, exported, weights = bank_of(run, source, step), None, None
-        if source == "discriminator":
-            exported, weights = generator, storage.fingerprint(directory)
+    wanted = {
+        bank_of(run, "discriminator", int(directory.name)): (trained, storage.fingerprint(directory), generator),
+        bank_of(run, "random_init", 0): (random, None, None),
+    }
+    for bank, (_, weights, _) in wanted.items():
         if bank.is_dir() and _weights(bank) != weights:  # trained anew, to the same step
             storage.discard(bank)
-        if not bank.is_dir():
-            _write_bank(run, bank, net, {"source": source, "step": step, "weights": weights}, maker, exported)
+    _write_banks(run, {bank: of for bank, of in wanted.items() if not bank.is_dir()}, maker)
     for other in run.features.iterdir():
-        if other.is_dir() and other not in {bank_of(run, source, step) for source, (_, step) in wanted.items()}:
+        if other.is_dir() and other not in wanted:
             shutil.rmtree(other)
 
 
@@ -153,42 +156,61 @@ def _weights(bank: Path) -> str | None:
     return storage.read_manifest(bank, hashes=False).get("weights")
 
 
-def _write_bank(
-    run: Run, bank: Path, net: Discriminator, metadata: dict, maker: Maker, exported: Generator | None
-) -> None:
-    """exported: the generator to export with the net, before the bank is published; None: nothing."""
+def _write_banks(run: Run, wanted: Mapping[Path, Bank], maker: Maker) -> None:
+    """Write banks side by side, since it takes `maker` seconds to start; each is published when its last part is there.
+
+    A generator is exported, with the bank's net, before its bank is published.
+    """
     store, scored = run.store(), run.scored_store()
-    with storage.staging(bank.parent) as staged:
-        weights = staged / export.DISCRIMINATOR
-        export.write(weights, net, run, store)
+    with ExitStack() as stack:
+        staged = {str(stack.enter_context(storage.staging(run.features))): bank for bank in wanted}
+        for directory, bank in staged.items():
+            export.write(Path(directory) / export.DISCRIMINATOR, wanted[bank][0], run, store)
         parts = _calibration_parts(store)
-        found = dict(maker(partial(_calibrate_part, str(run.path), str(weights)), parts))
-        _freeze(net, [found[part] for part in parts])
-        export.write(weights, net, run, store)
-        jobs = [(split, part) for split in scored.scored for part in range(-(-scored.count(split) // PART))]
-        for _ in maker(partial(_extract_part, str(run.path), str(weights)), jobs):
-            pass
-        if exported is not None:
-            export.write(run.path / "export" / export.GENERATOR, exported, run, store)
-            export.write(run.path / "export" / export.DISCRIMINATOR, net, run, store)
-        storage.seal(staged, metadata | {"fingerprint": scored.fingerprint})
-        storage.publish(staged, bank)
+        found = dict(
+            maker(partial(_calibrate_part, str(run.path)), [(place, part) for place in staged for part in parts])
+        )
+        for directory, bank in staged.items():
+            net = wanted[bank][0]
+            _freeze(net, [found[directory, part] for part in parts])
+            export.write(Path(directory) / export.DISCRIMINATOR, net, run, store)
+        rows = [(split, part) for split in scored.scored for part in range(-(-scored.count(split) // PART))]
+        jobs = [(place, split, part) for place in staged for split, part in rows]
+        for directory in _whole(maker(partial(_extract_part, str(run.path)), jobs), len(rows)) if rows else staged:
+            bank = staged[directory]
+            net, weights, exported = wanted[bank]
+            if exported is not None:
+                export.write(run.path / "export" / export.GENERATOR, exported, run, store)
+                export.write(run.path / "export" / export.DISCRIMINATOR, net, run, store)
+            storage.seal(Path(directory), {"weights": weights, "fingerprint": scored.fingerprint})
+            storage.publish(Path(directory), bank)
+
+
+def _whole(done: Iterable[str], parts: int) -> Iterator[str]:
+    """Each name when it has come up as often as there are parts."""
+    counts: Counter[str] = Counter()
+    for name in done:
+        counts[name] += 1
+        if counts[name] == parts:
+            yield name
 
 
 @EXACT
-def _calibrate_part(run_path: str, weights: str, part: int) -> tuple[int, Statistics]:
+def _calibrate_part(run_path: str, job: tuple[str, int]) -> tuple[tuple[str, int], Statistics]:
+    directory, part = job
     run = Run.open(Path(run_path))
-    return part, batch_statistics(load_extractor(Path(weights)).discriminator, run.store(), _device(run), part)
+    net = load_extractor(Path(directory) / export.DISCRIMINATOR).discriminator
+    return job, batch_statistics(net, run.store(), _device(run), part)
 
 
 @EXACT
 @torch.no_grad()
-def _extract_part(run_path: str, weights: str, job: tuple[str, int]) -> None:
-    """Write the arrays of a part of a split next to the weights."""
-    split, part = job
+def _extract_part(run_path: str, job: tuple[str, str, int]) -> str:
+    """Write the arrays of a part of a split next to the weights; returns the directory of both."""
+    directory, split, part = job
     run = Run.open(Path(run_path))
     images, device = Images(run.scored_store(), (split,)), _device(run)
-    extractor = load_extractor(Path(weights)).to(device).to(memory_format=layout(device))
+    extractor = load_extractor(Path(directory) / export.DISCRIMINATOR).to(device).to(memory_format=layout(device))
     rows = np.arange(images.count)[part * PART : (part + 1) * PART]
     arrays = [np.empty((len(rows), channels * POOL**2), np.float16) for channels in extractor.discriminator.channels]
     done = 0
@@ -197,7 +219,8 @@ def _extract_part(run_path: str, weights: str, job: tuple[str, int]) -> None:
             array[done : done + len(batch)] = layer.half().cpu().numpy()
         done += len(batch)
     for number, array in enumerate(arrays):
-        np.save(Path(weights).parent / f"{split}-{part:05d}-{number}.npy", array)
+        np.save(Path(directory) / f"{split}-{part:05d}-{number}.npy", array)
+    return directory
 
 
 def _batches(images: Images, rows: np.ndarray, device: torch.device) -> Iterator[Tensor]:

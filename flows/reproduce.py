@@ -10,8 +10,6 @@ from prefect import flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact
 from pydantic import Field
 
-from dcgan.reproduce import TABLES, measure, page, record
-from dcgan.reproduce.overrides import check, home
 from flows import tasks
 
 TableName = Literal["cifar10", "svhn", "clustering", "mnist", "image_quality"]
@@ -43,6 +41,9 @@ def reproduce(
     Returns:
         page (its path) and rows ({row: record}). A row that could not be measured says why and does not fail the flow.
     """
+    from dcgan.reproduce import TABLES, measure, page, record  # every evaluator: deploying the flow needs none
+    from dcgan.reproduce.overrides import check, home
+
     wanted = [row.key for row in measure.choose(table, rows)]  # refused before anything starts
     check(overrides, seeds)
     logging.getLogger("dcgan").setLevel(logging.INFO)

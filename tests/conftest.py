@@ -16,6 +16,7 @@ for name in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL", "RAY_ADDRESS"):
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +25,7 @@ import numpy as np
 import pytest
 from fabricated import write_store
 
+from dcgan import tracking
 from dcgan.config import build
 from dcgan.data import store
 from dcgan.data.ingest import ingest
@@ -31,6 +33,8 @@ from dcgan.data.ingest import ingest
 # No test times anything: an example on a busy machine may take as long as it takes.
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
+# And a delivery to MLflow, too: one that goes on after its training has ended would be in the way of the next test.
+tracking.PATIENCE = threading.TIMEOUT_MAX
 
 RESTORE = Path(__file__).parents[2] / "shared" / "data" / "restore.py"
 

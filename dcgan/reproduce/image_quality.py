@@ -2,15 +2,18 @@
 
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from dcgan import checkpoint, sampling, storage
 from dcgan.config import DataSet
-from dcgan.evaluate import image_quality
 from dcgan.evaluate.samples import device
 from dcgan.reproduce.rows import Column, Figure, Measured, Row, Setting, Table, checkpoint_rule, scale
+
+if TYPE_CHECKING:
+    from dcgan.evaluate.image_quality import Calibration
 
 COUNT = 50_000  # images drawn, as for the published Inception scores
 WANG = "Wang and Liu, 2016; the class label is an input"
@@ -20,6 +23,8 @@ SPREAD = {"inception_score": "10 splits", "kid": "100 subsets"}
 
 
 def _measure(conditional: bool, setting: Setting) -> Measured:
+    from dcgan.evaluate import image_quality  # and torch-fidelity: four seconds, which other tables need not wait
+
     words = f"model.conditional={str(conditional).lower()}"
     experiment = setting.experiment("cifar10", words)
     if experiment.model.conditional is not conditional:
@@ -53,8 +58,10 @@ def _measure(conditional: bool, setting: Setting) -> Measured:
     )
 
 
-def _calibration(setting: Setting, images: np.ndarray, weights: Path) -> image_quality.Calibration:
+def _calibration(setting: Setting, images: np.ndarray, weights: Path) -> "Calibration":
     """The weights' calibration, measured once for all rows and kept."""
+    from dcgan.evaluate import image_quality
+
     file = setting.directory.parent.parent / f"calibration-{storage.sha256(weights)[:8]}.json"
     return storage.once(file, partial(image_quality.calibrate, images, weights, device()))
 

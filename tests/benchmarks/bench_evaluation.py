@@ -62,7 +62,7 @@ def extraction(directory: Path, size: int, device: str, repeats: int) -> None:
 
     split = store.training[0]
     times = in_turn(
-        {"forward": forward, "extraction": lambda: features._extract_part(str(run.path), str(weights), (split, 0))},
+        {"forward": forward, "extraction": lambda: features._extract_part(str(run.path), (str(directory), split, 0))},
         repeats,
     )
     ratios = sorted(a / b for a, b in zip(times["forward"], times["extraction"], strict=True))

@@ -16,15 +16,15 @@ from dcgan.run import Run
 
 SETTINGS = [
     "model.width=8",
-    "train.steps=1200",  # on a fast machine an orphaned worker plays some hundreds before it notices
-    "train.batch_size=64",
-    "train.log_every=100",
-    "train.sample_every=600",
-    "train.checkpoint_every=300",
+    "train.steps=800",  # on a fast machine an orphaned worker plays some hundreds before it notices
+    "train.batch_size=32",
+    "train.log_every=50",
+    "train.sample_every=400",
+    "train.checkpoint_every=100",
     "evaluate.protocols=[knn]",
 ]
-LINES = list(range(100, 1201, 100))
-PATIENCE = 240  # seconds that a start, on a busy machine, may take
+LINES = list(range(50, 801, 50))
+PATIENCE = 600  # seconds that a start, on a busy machine, may take
 
 
 def start(command, home):
@@ -47,11 +47,15 @@ def wait_for_step(process, home, step):
 
 
 def finish(process, home):
-    assert process.wait(PATIENCE) == 0, (home / "log.txt").read_text()[-3000:]
+    try:
+        code = process.wait(PATIENCE)
+    except subprocess.TimeoutExpired:
+        code = f"none in {PATIENCE} s"
+    assert code == 0, (home / "log.txt").read_text()[-3000:]
 
 
 def final_state(run):
-    assert checkpoint.latest(run).name == "1200"
+    assert checkpoint.latest(run).name == "800"
     return checkpoint.load(checkpoint.latest(run))
 
 
@@ -76,7 +80,7 @@ def test_a_killed_ray_worker_is_replaced_and_metrics_have_no_gap_and_no_double(h
         f"stages.train(stages.ingest(config.build('digits', {[*SETTINGS, 'compute.workers=2']!r})))"
     )
     process = start([sys.executable, "-c", program], home)
-    run = wait_for_step(process, home, 500)
+    run = wait_for_step(process, home, 250)
     worker = int((run.path / ".lock").read_text())  # the process of rank 0
     assert worker != process.pid
     os.kill(worker, signal.SIGKILL)
@@ -91,7 +95,7 @@ def test_a_killed_flow_resumes_with_the_same_command_bit_for_bit(home, tmp_path)
     # Two workers have a thread each: one with two, whose cores other suites use too, takes three times as long.
     command = [sys.executable, "-m", "flows.train_eval", "digits", *SETTINGS, "compute.workers=2"]
     process = start(command, home)
-    run = wait_for_step(process, home, 400)
+    run = wait_for_step(process, home, 150)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     deadline = time.monotonic() + 60  # Ray's have a group of their own, and end because the flow's process has
@@ -99,7 +103,7 @@ def test_a_killed_flow_resumes_with_the_same_command_bit_for_bit(home, tmp_path)
         time.sleep(0.2)
     assert not in_session(process.pid), "processes of the killed flow are still there"
     interrupted_at = checkpoint.steps(run)[-1]
-    assert 300 <= interrupted_at < 1200
+    assert 100 <= interrupted_at < 800
 
     finish(start(command, home), home)
     assert [line["step"] for line in run.metrics()] == LINES

@@ -34,6 +34,7 @@ from dcgan import (
 )
 from dcgan.data.store import Description, Store
 from dcgan.evaluate import EVALUATORS, samples
+from dcgan.evaluate import image_quality as inception
 from dcgan.evaluate.inputs import Labelled
 from dcgan.evaluate.published import PAPER, PUBLISHED
 from dcgan.evaluate.samples import NotConvergedError
@@ -576,9 +577,9 @@ def test_image_quality_is_that_of_images_drawn_with_or_without_labels(
         return {f"image_quality/{column.key}": 1.0 for column in image_quality.TABLE.columns}
 
     monkeypatch.setattr(image_quality, "COUNT", 1030)
-    monkeypatch.setattr(image_quality.image_quality, "load", lambda *_: None)
+    monkeypatch.setattr(inception, "load", lambda *_: None)
     monkeypatch.setattr(image_quality, "_calibration", lambda *_: {"inception_score": 11.2})
-    monkeypatch.setattr(image_quality.image_quality, "score", score)
+    monkeypatch.setattr(inception, "score", score)
     words = (*tiny, *SMALL, "digits/model.width=4", f"evaluate.inception={tmp_path / 'weights'}")
     (row,) = measure.choose("image_quality", ["conditional" if conditional else "unconditional"])
     setting = Digits(DIGITS, words, 0, home(tiny) / "row")
@@ -608,7 +609,7 @@ def test_weights_are_calibrated_once_for_all_rows(tmp_path: Path, monkeypatch: p
         calls.append(1)
         return {"weights_sha256": storage.sha256(weights), "inception_score": 11.2, "inception_score_std": 0.1}
 
-    monkeypatch.setattr(image_quality.image_quality, "calibrate", calibrate)
+    monkeypatch.setattr(inception, "calibrate", calibrate)
     for row in ("conditional", "unconditional"):
         setting = Setting(("cifar10",), (), 0, tmp_path / "image_quality" / row / "0")
         image_quality._calibration(setting, np.zeros(0), weights)
