@@ -6,7 +6,7 @@ events.jsonl      what went wrong or looked wrong in training
 environment.json  where and with what it was trained
 checkpoints/      <step>/ and best.json
 samples/          <step>.png
-features/         <source>-<step>-<fingerprint>/, see dcgan/features.py
+features/         <source>-<step>-<fingerprint>/, see dcgan/feature_banks.py
 scores/           <protocol>.json
 export/           weights as safetensors
 report.html       the page

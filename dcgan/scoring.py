@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dcgan import checkpoint, environment, evaluate, features, storage
+from dcgan import checkpoint, environment, evaluate, feature_banks, storage
 from dcgan.config import Evaluate, Protocol, digest
 from dcgan.data.store import Store
 from dcgan.evaluate import EVALUATORS, Evaluator
@@ -70,8 +70,8 @@ def of_run(run: Run, evaluator: Evaluator, source: str) -> Scores:
     if source == "raw_pixels":
         return of_pixels(run.home, store, settings, evaluator)
     step = int(checkpoint.chosen(run).name) if source == "discriminator" else 0
-    identity = features.fingerprint(run, source, step)
-    return _once(run.home, store, settings, evaluator, identity, partial(features.read_bank, run, source, step))
+    identity = feature_banks.fingerprint(run, source, step)
+    return _once(run.home, store, settings, evaluator, identity, partial(feature_banks.read_bank, run, source, step))
 
 
 def of_pixels(home: Path, store: Store, settings: Evaluate, evaluator: Evaluator) -> Scores:

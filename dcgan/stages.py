@@ -148,19 +148,20 @@ def _raise_if_it_ended_early(run: Run) -> None:
 
 
 def extract(run: Run) -> None:
-    """Write the feature banks of the chosen checkpoint and of the random initialisation: see `dcgan.features`.
+    """Write the feature banks of the chosen checkpoint and of the random initialisation: see `dcgan.feature_banks`.
 
     Two or more `compute.workers`: that many Ray processes do it, each with a GPU if Ray has them; else this process.
     """
-    from dcgan import features
+    from dcgan import feature_banks
 
     compute = run.experiment.compute
     if compute.workers < 2:
-        features.extract(run)
+        feature_banks.extract(run)
         return
     from dcgan import cluster
 
-    features.extract(run, partial(cluster.scatter, home=run.home, concurrency=compute.workers, device=compute.device))
+    maker = partial(cluster.scatter, home=run.home, concurrency=compute.workers, device=compute.device)
+    feature_banks.extract(run, maker)
 
 
 def protocols(run: Run) -> tuple[Protocol, ...]:

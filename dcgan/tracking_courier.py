@@ -163,7 +163,7 @@ class Courier:
             self.client.log_artifacts(self.ledger.run_id, str(path), name)
 
     def models(self) -> None:
-        """Generator and feature extractor as `features.extract` exported them, loadable without this package."""
+        """Generator and feature extractor as `feature_banks.extract` exported them, loadable without this package."""
         for weights in sorted((self.run.path / "export").glob("*.safetensors")):
             self.delivery.models += self._once(f"model {weights.stem}", storage.sha256(weights), self._model, weights)
 

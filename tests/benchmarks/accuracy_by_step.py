@@ -25,7 +25,7 @@ LABELS = 10_000
 def extracted(extractor: Extractor, images: Images) -> np.ndarray:
     """All layers of all images, float16 (N, F)."""
     rows, device = np.arange(images.count), next(extractor.parameters()).device
-    parts = [extractor(batch).half().cpu().numpy() for batch in features._batches(images, rows, device)]
+    parts = [extractor(batch).half().cpu().numpy() for batch in features.batched(images, rows, device)]
     return np.concatenate(parts)
 
 
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1, help="score only steps divisible by this")
     chosen = parser.parse_args()
     run = Run.open(chosen.run)
-    store, scored, device = run.store(), run.scored_store(), features._device(run)
+    store, scored, device = run.store(), run.scored_store(), features.device_of(run)
     settings = run.experiment.evaluate.model_copy(update={"labels": LABELS})
     print("  step  distance  held out    test")
     for step in checkpoint.steps(run):

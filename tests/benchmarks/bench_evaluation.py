@@ -22,7 +22,7 @@ from bench_system import make_store, new_game, open_run, place_of
 from scipy.ndimage import gaussian_filter
 from sklearn.cluster import KMeans
 
-from dcgan import export, features
+from dcgan import export, feature_banks, features
 from dcgan.evaluate import generated
 from dcgan.evaluate.kmeans import kmeans
 from dcgan.evaluate.samples import Samples
@@ -62,7 +62,10 @@ def extraction(directory: Path, size: int, device: str, repeats: int) -> None:
 
     split = store.training[0]
     times = in_turn(
-        {"forward": forward, "extraction": lambda: features._extract_part(str(run.path), (str(directory), split, 0))},
+        {
+            "forward": forward,
+            "extraction": lambda: feature_banks._extract_part(str(run.path), (str(directory), split, 0)),
+        },
         repeats,
     )
     ratios = sorted(a / b for a, b in zip(times["forward"], times["extraction"], strict=True))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dcgan import checkpoint, features
+from dcgan import checkpoint, feature_banks, features
 from dcgan.evaluate import clustering
 from dcgan.run import Run
 
@@ -33,7 +33,7 @@ def main() -> None:
     labels = np.concatenate([store.groups(split) for split in store.clustered])
     print("net            features     scaled      NMI     ARI  accuracy")
     for source, at in (("discriminator", step), ("random_init", 0)):
-        bank = np.concatenate([features.read_bank(run, source, at, split) for split in store.clustered])
+        bank = np.concatenate([feature_banks.read_bank(run, source, at, split) for split in store.clustered])
         for name, columns in layers.items():
             for scaled, change in (("as is", np.asarray), ("length 1", unit)):
                 x = change(bank[:, columns])

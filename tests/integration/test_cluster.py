@@ -17,7 +17,7 @@ import fabricated
 import pytest
 import ray_nodes
 
-from dcgan import cluster, cluster_session, cluster_train, environment, features
+from dcgan import cluster, cluster_session, cluster_train, environment, feature_banks
 from dcgan.config import Compute
 from dcgan.run import Run
 from dcgan.storage import CorruptError
@@ -363,11 +363,12 @@ def test_a_node_that_lacks_our_modules_is_named_before_any_work(tmp_path: Path) 
     )
     program = f"""
         from pathlib import Path
-        from dcgan import cluster, cluster_session, cluster_train, features
+        from dcgan import cluster, cluster_session, cluster_train
         from dcgan.config import Compute
+        from dcgan.feature_banks import extract as work_of
         for work in (
-            lambda: cluster_train.launch(features.extract, (), Compute(device="cpu"), Path({str(tmp_path)!r}), "lost"),
-            lambda: list(cluster.scatter(features.extract, ["job"], Path({str(tmp_path)!r}))),
+            lambda: cluster_train.launch(work_of, (), Compute(device="cpu"), Path({str(tmp_path)!r}), "lost"),
+            lambda: list(cluster.scatter(work_of, ["job"], Path({str(tmp_path)!r}))),
         ):
             try:
                 work()
@@ -475,7 +476,7 @@ def test_features_of_several_processes_are_those_of_one(ray_home: Path, home: Pa
     fabricated.save(run, 600)
     found = []
     for maker in (map, functools.partial(cluster.scatter, home=ray_home, concurrency=2)):
-        features.extract(run, maker)
+        feature_banks.extract(run, maker)
         found.append({file.relative_to(run.features): file.read_bytes() for file in run.features.glob("*/*.npy")})
         shutil.rmtree(run.features)
     assert found[0] == found[1]

@@ -18,7 +18,7 @@ import pytest
 import torch
 from mlflow_server import Gate, Server
 
-from dcgan import export, features, mirror_runs, stages, storage, tracking
+from dcgan import export, feature_banks, features, mirror_runs, stages, storage, tracking
 from dcgan.run import Run
 from dcgan.tracking_ledger import Ledger
 
@@ -166,7 +166,7 @@ def test_what_arrived_without_an_answer_is_not_sent_twice(new_run: Callable[...,
     run = new_run()
     fabricated.finished(run)
     fabricated.save(run, 600)
-    features.extract(run)
+    feature_banks.extract(run)
     tracking.sync(run)
     known = ledger(run)
     # What a process leaves that is killed after MLflow has taken an item and before that is written down.
@@ -342,7 +342,7 @@ def test_models_load_without_this_package_and_equal_the_exported_nets(
 ) -> None:
     run = new_run(f"model.conditional={str(conditional).lower()}")
     fabricated.save(run, 600)
-    features.extract(run)
+    feature_banks.extract(run)
     assert tracking.sync(run).models == 2
     outputs = {output.model_id: output for output in record(run).outputs.model_outputs}
     assert {output.step for output in outputs.values()} == {600 * run.experiment.train.batch_size}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from dcgan import checkpoint, export, features, models, storage, train
+from dcgan import checkpoint, export, feature_banks, features, models, storage, train
 from dcgan.config import Model, validate
 from dcgan.data.batches import normalise
 from dcgan.run import Run
@@ -27,7 +27,7 @@ def trained(tmp_path_factory, make_store):
     }
     run = Run.create(validate(sections), store)
     train.train(run)
-    features.extract(run)
+    feature_banks.extract(run)
     return run
 
 
@@ -119,13 +119,13 @@ def test_banks_hold_every_image_in_order_and_both_sources(trained):
     extractor = features.load_extractor(trained.path / "export" / "discriminator.safetensors")
     with torch.no_grad():
         expected = extractor(normalise(torch.from_numpy(np.array(store.images("test"))))).numpy()
-    bank = features.read_bank(trained, "discriminator", 4, "test")
+    bank = feature_banks.read_bank(trained, "discriminator", 4, "test")
     assert bank.dtype == np.float16
     np.testing.assert_allclose(bank, expected, rtol=2e-3, atol=1e-4)  # float16 on disk
-    control = features.read_bank(trained, "random_init", 0, "test")
+    control = feature_banks.read_bank(trained, "random_init", 0, "test")
     assert control.shape == bank.shape == (20, 16 * (3 + 6))
     assert not np.allclose(control, bank, atol=1e-2)
-    assert features.read_bank(trained, "discriminator", 4, "train").shape[0] == 60
+    assert feature_banks.read_bank(trained, "discriminator", 4, "train").shape[0] == 60
 
 
 def test_who_does_the_parts_and_in_which_order_changes_nothing(trained, monkeypatch, tmp_path):
@@ -138,9 +138,9 @@ def test_who_does_the_parts_and_in_which_order_changes_nothing(trained, monkeypa
         found = []
         for maker in (map, lambda work, jobs: [work(job) for job in reversed(list(jobs))]):
             shutil.rmtree(trained.features, ignore_errors=True)
-            features.extract(trained, maker)
+            feature_banks.extract(trained, maker)
             found.append({file.name: file.read_bytes() for file in trained.features.glob("*/*.npy")})
-            bank = features.read_bank(trained, "discriminator", 4, "train")
+            bank = feature_banks.read_bank(trained, "discriminator", 4, "train")
         assert found[0] == found[1]
         assert {"train-00003-1.npy", "test-00001-0.npy"} <= found[0].keys()
         whole = np.concatenate([np.load(next(trained.features.glob(f"disc*/train-{i:05d}-1.npy"))) for i in range(4)])
@@ -163,16 +163,16 @@ def test_who_does_the_parts_and_in_which_order_changes_nothing(trained, monkeypa
 def test_who_extracts_at_the_same_time_is_refused(trained):
     def maker(function, jobs):
         with pytest.raises(storage.BusyError, match=f"features of run {trained.name} is being written by process"):
-            features.extract(trained)
+            feature_banks.extract(trained)
         return map(function, jobs)
 
     shutil.rmtree(trained.features)
-    features.extract(trained, maker)
+    feature_banks.extract(trained, maker)
 
 
 def test_extraction_is_not_repeated_but_follows_the_chosen_checkpoint(trained):
     before = {p: p.stat().st_mtime_ns for p in trained.features.glob("*/*")}
-    features.extract(trained)
+    feature_banks.extract(trained)
     assert {p: p.stat().st_mtime_ns for p in trained.features.glob("*/*")} == before
 
     newest = trained.experiment.evaluate.model_copy(update={"checkpoint": "latest"})
@@ -185,14 +185,36 @@ def test_extraction_is_not_repeated_but_follows_the_chosen_checkpoint(trained):
     writer.save({**state, "step": step}, 1e6)
     writer.close()
     with pytest.raises(FileNotFoundError, match=rf"no features of step {step}: `dcgan extract {trained.name}` makes"):
-        features.read_bank(other, "discriminator", step, "train")
-    features.extract(other)
+        feature_banks.read_bank(other, "discriminator", step, "train")
+    feature_banks.extract(other)
     names = {bank.name.rpartition("-")[0] for bank in other.features.iterdir() if bank.is_dir()}
     assert names == {f"discriminator-{step}", "random_init-0"}
     exported = export.load(trained.path / "export" / export.GENERATOR)
     assert torch.equal(exported.project.weight, state["generator"]["project.weight"])
     shutil.rmtree(trained.checkpoints / str(step))
-    features.extract(trained)
+    feature_banks.extract(trained)
+
+
+def test_a_bank_is_kept_if_the_next_one_fails_and_all_start_the_processes_twice(trained):
+    began = []
+
+    def maker(function, jobs):
+        began.append(len(jobs))
+        if len(began) == 2:
+            jobs = jobs[:-1]  # the last part of the random initialisation
+        yield from map(function, jobs)
+        if len(began) == 2:
+            raise RuntimeError("a node is lost")
+
+    shutil.rmtree(trained.features)
+    with pytest.raises(RuntimeError, match="a node is lost"):
+        feature_banks.extract(trained, maker)
+    assert began == [2, 4], "statistics of two nets, then two splits with each"
+    (kept,) = (path for path in trained.features.iterdir() if path.is_dir())
+    assert kept == feature_banks.bank_of(trained, "discriminator", 4)
+    feature_banks.extract(trained, maker)
+    assert began == [2, 4, 1, 2], "those of one net"
+    assert len(feature_banks.read_bank(trained, "random_init", 0, "test")) == 20
 
 
 def test_a_kill_before_the_bank_is_there_leaves_nothing_that_is_not_made_again(trained, monkeypatch):
@@ -201,9 +223,9 @@ def test_a_kill_before_the_bank_is_there_leaves_nothing_that_is_not_made_again(t
     publish = storage.publish
     monkeypatch.setattr(storage, "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        features.extract(trained)
+        feature_banks.extract(trained)
     monkeypatch.setattr(storage, "publish", publish)
-    features.extract(trained)
+    feature_banks.extract(trained)
     assert {file.name for file in (trained.path / "export").iterdir()} == {export.GENERATOR, export.DISCRIMINATOR}
 
 

@@ -72,7 +72,15 @@ LAYERS: list[set[str]] = [
         "dcgan.export",
         "dcgan.mirror*",
     },
-    {"dcgan.summary", "dcgan.tables", "dcgan.cluster*", "dcgan.keeper", "dcgan.train", "dcgan.features"}
+    {
+        "dcgan.summary",
+        "dcgan.tables",
+        "dcgan.cluster*",
+        "dcgan.keeper",
+        "dcgan.train",
+        "dcgan.features",
+        "dcgan.feature_banks",
+    }
     | {"dcgan.evaluate"},
     {"dcgan.tracking*", "dcgan.report", "dcgan.scoring"},
     {"dcgan.stages"},

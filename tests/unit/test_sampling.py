@@ -1,5 +1,6 @@
 """Images from a generator: of each class in turn or of none, the same ones however many are drawn."""
 
+from functools import cache
 from itertools import islice
 
 import numpy as np
@@ -32,14 +33,20 @@ def together(count, seed=0, net=None):
     return tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
 
 
+@cache
+def larger():
+    """A generator and the 2,500 images it draws."""
+    net = generator()
+    return net, together(2500, net=net)
+
+
 @settings(max_examples=10)
 @given(st.integers(1, 2500))
 def test_every_count_is_the_beginning_of_a_larger_one_and_balanced(count):
-    net = generator()
+    net, (more, more_labels) = larger()
     images, labels = together(count, net=net)
     assert (images.shape, images.dtype, labels.dtype) == ((count, 1, 28, 28), np.uint8, np.int64)
     assert np.ptp(np.bincount(labels, minlength=3)) <= 1
-    more, more_labels = together(2500, net=net)
     assert np.array_equal(images, more[:count])
     assert np.array_equal(labels, more_labels[:count])
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from fabricated import save, write_store
 
-from dcgan import environment, features, preemption, scoring, stages, storage, summary
+from dcgan import environment, feature_banks, preemption, scoring, stages, storage, summary
 from dcgan.config import build, override
 from dcgan.data.store import Description, Store
 from dcgan.evaluate import EVALUATORS, samples
@@ -66,7 +66,11 @@ def test_other_images_may_be_scored_than_those_trained_on(tmp_path: Path) -> Non
     stages.evaluate(run, "knn")
     assert run.scores()["knn"]["images"] == theirs.fingerprint
     for split in ("train", "test"):
-        assert len(features.read_bank(run, "random_init", 0, split)) == theirs.count(split) != run.store().count(split)
+        assert (
+            len(feature_banks.read_bank(run, "random_init", 0, split))
+            == theirs.count(split)
+            != run.store().count(split)
+        )
 
 
 def test_the_record_of_where_it_was_trained_is_not_of_who_reports(

@@ -14,7 +14,7 @@ import torch
 from fabricated import write_store
 from PIL import Image
 
-from dcgan import checkpoint, distributed, features, keeper, models, pictures, sampling, train
+from dcgan import checkpoint, distributed, feature_banks, keeper, models, pictures, sampling, train
 from dcgan.config import validate
 from dcgan.data import batches
 from dcgan.data.store import Description
@@ -334,7 +334,7 @@ def test_the_splits_trained_on_are_those_of_the_data_set(of_splits):
     train.train(run)
     assert asked == [("extra", "train")] * 2, "batches, and the distance of a checkpoint"
     asked.clear()
-    features.extract(run)
+    feature_banks.extract(run)
     assert set(asked) == {("extra", "train"), ("train",), ("test",)}, "BatchNorm's statistics, and what is scored"
 
 
