@@ -20,7 +20,7 @@ from dcgan.evaluate.svm import L2SVM, fit_all, score, score_few_labels
 @pytest.fixture(autouse=True)
 def many_blocks(monkeypatch):
     """As features of full size have: those of the tests would be a single one."""
-    monkeypatch.setitem(samples.BLOCK_BYTES, "cpu", 1)  # 16 rows
+    monkeypatch.setitem(samples.BLOCK_BYTES, "cpu", 65_536)  # three blocks of 80 samples, eight of the digits
     monkeypatch.setattr(products, "COLUMNS", 50)
 
 
