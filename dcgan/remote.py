@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,8 +35,12 @@ class RemoteError(OSError):
 def filesystem(connections: int) -> Any:
     """S3 by the usual AWS variables, with so many connections at most; nothing is cached, and nothing retried."""
     import s3fs  # takes a second; only where something is at s3://
+    from aiobotocore.session import AioSession
 
+    session = AioSession()
+    session.register_component("data_loader", _service_descriptions(session.get_config_variable("data_path")))
     files = s3fs.S3FileSystem(
+        session=session,
         skip_instance_cache=True,
         use_listings_cache=False,  # another process may have written since
         # The caller retries; with s3fs's and botocore's own retries, nested, that took 40 minutes.
@@ -43,6 +48,14 @@ def filesystem(connections: int) -> Any:
     )
     files.retries = 1
     return files
+
+
+@cache
+def _service_descriptions(path: str | None) -> Any:
+    """What botocore knows of AWS's services. Each session, whose credentials are its own, would read it anew: 0.2 s."""
+    from botocore.loaders import create_loader
+
+    return create_loader(path)
 
 
 class Remote:
