@@ -91,7 +91,7 @@ def until(condition: Callable[[], object], seconds: float) -> None:
 def give_way(run: Run) -> None:
     """Have other processes go before the one that trains a run, which never ends and would take a core from them."""
     for thread in Path("/proc", (run.path / ".lock").read_text().strip(), "task").iterdir():
-        os.setpriority(os.PRIO_PROCESS, int(thread.name), 10)
+        os.setpriority(os.PRIO_PROCESS, int(thread.name), 5)
 
 
 @pytest.fixture(scope="module")
