@@ -82,26 +82,26 @@ def _write_banks(run: Run, wanted: Mapping[Path, Bank], maker: Maker) -> None:
     store, scored = run.store(), run.scored_store()
     with ExitStack() as stack:
         staged = {str(stack.enter_context(storage.staging(run.features))): bank for bank in wanted}
-        for directory, bank in staged.items():
-            export.write(Path(directory) / export.DISCRIMINATOR, wanted[bank][0], run, store)
+        for place, bank in staged.items():
+            export.write(Path(place) / export.DISCRIMINATOR, wanted[bank][0], run, store)
         parts = features.calibration_parts(store)
         found = dict(
             maker(partial(_calibrate_part, str(run.path)), [(place, part) for place in staged for part in parts])
         )
-        for directory, bank in staged.items():
+        for place, bank in staged.items():
             net = wanted[bank][0]
-            features.freeze(net, [found[directory, part] for part in parts])
-            export.write(Path(directory) / export.DISCRIMINATOR, net, run, store)
+            features.freeze(net, [found[place, part] for part in parts])
+            export.write(Path(place) / export.DISCRIMINATOR, net, run, store)
         rows = [(split, part) for split in scored.scored for part in range(-(-scored.count(split) // features.PART))]
         jobs = [(place, split, part) for place in staged for split, part in rows]
-        for directory in _whole(maker(partial(_extract_part, str(run.path)), jobs), len(rows)) if rows else staged:
-            bank = staged[directory]
+        for place in _whole(maker(partial(_extract_part, str(run.path)), jobs), len(rows)) if rows else staged:
+            bank = staged[place]
             net, weights, exported = wanted[bank]
             if exported is not None:
                 export.write(run.path / "export" / export.GENERATOR, exported, run, store)
                 export.write(run.path / "export" / export.DISCRIMINATOR, net, run, store)
-            storage.seal(Path(directory), {"weights": weights, "fingerprint": scored.fingerprint})
-            storage.publish(Path(directory), bank)
+            storage.seal(Path(place), {"weights": weights, "fingerprint": scored.fingerprint})
+            storage.publish(Path(place), bank)
 
 
 def _whole(done: Iterable[str], parts: int) -> Iterator[str]:

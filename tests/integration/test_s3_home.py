@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import s3
 import torch
+from botocore.loaders import JSONFileLoader
 
 from dcgan import checkpoint, mirror, mirror_runs, mirror_stores, pictures, remote, stages, storage
 from dcgan.config import Data, Experiment, build
@@ -583,6 +584,21 @@ def test_attempts_are_not_nested_in_those_of_the_libraries(
     with pytest.raises(RemoteError, match=f"after {remote.ATTEMPTS} attempts"):
         Remote(URL).sizes()
     assert len(server.log) == remote.ATTEMPTS
+
+
+def test_each_client_has_the_credentials_of_its_time_and_none_reads_the_services_anew(
+    server: s3.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Temporary credentials are renewed while a run trains for days."""
+    assert Remote(URL).sizes() == {}
+    read: list[str] = []
+    load = JSONFileLoader.load_file
+    monkeypatch.setattr(JSONFileLoader, "load_file", lambda own, path: read.append(path) or load(own, path))
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "renewed")
+    Remote(URL).write("a", b"")
+    assert "Credential=renewed/" in server.log[-1].headers["Authorization"]
+    assert "Credential=renewed/" not in server.log[0].headers["Authorization"]
+    assert read == []
 
 
 def test_ctrl_c_does_not_wait_for_a_remote_that_does_not_answer(
