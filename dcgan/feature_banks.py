@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,8 +28,17 @@ from dcgan.numerics import layout
 from dcgan.run import Run
 
 Maker = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]  # `map`, or what hands the jobs to others
-# A net, the fingerprint of its checkpoint (None: a random initialisation), the generator to export with it.
-Bank = tuple[Discriminator, str | None, Generator | None]
+
+
+class Source(NamedTuple):
+    """What a bank is of: a net, the fingerprint of its checkpoint, and the generator to export with it.
+
+    A random initialisation has neither checkpoint nor generator.
+    """
+
+    net: Discriminator
+    weights: str | None = None
+    generator: Generator | None = None
 
 
 def extract(run: Run, maker: Maker = map) -> None:
@@ -52,13 +61,13 @@ def _extract(run: Run, maker: Maker) -> None:
         model, store.channels, len(store.classes), store.size, seed
     )  # the control: as before training
     wanted = {
-        bank_of(run, "discriminator", int(directory.name)): (trained, storage.fingerprint(directory), generator),
-        bank_of(run, "random_init", 0): (random, None, None),
+        bank_of(run, "discriminator", int(directory.name)): Source(trained, storage.fingerprint(directory), generator),
+        bank_of(run, "random_init", 0): Source(random),
     }
-    for bank, (_, weights, _) in wanted.items():
-        if bank.is_dir() and _weights(bank) != weights:  # trained anew, to the same step
+    for bank, source in wanted.items():
+        if bank.is_dir() and _weights(bank) != source.weights:  # trained anew, to the same step
             storage.discard(bank)
-    _write_banks(run, {bank: of for bank, of in wanted.items() if not bank.is_dir()}, maker)
+    _write_banks(run, {bank: source for bank, source in wanted.items() if not bank.is_dir()}, maker)
     for other in run.features.iterdir():
         if other.is_dir() and other not in wanted:
             shutil.rmtree(other)
@@ -74,7 +83,7 @@ def _weights(bank: Path) -> str | None:
     return storage.read_manifest(bank, hashes=False).get("weights")
 
 
-def _write_banks(run: Run, wanted: Mapping[Path, Bank], maker: Maker) -> None:
+def _write_banks(run: Run, wanted: Mapping[Path, Source], maker: Maker) -> None:
     """Write banks side by side, since it takes `maker` seconds to start; each is published when its last part is there.
 
     A generator is exported, with the bank's net, before its bank is published.
@@ -83,22 +92,22 @@ def _write_banks(run: Run, wanted: Mapping[Path, Bank], maker: Maker) -> None:
     with ExitStack() as stack:
         staged = {str(stack.enter_context(storage.staging(run.features))): bank for bank in wanted}
         for place, bank in staged.items():
-            export.write(Path(place) / export.DISCRIMINATOR, wanted[bank][0], run, store)
+            export.write(Path(place) / export.DISCRIMINATOR, wanted[bank].net, run, store)
         parts = features.calibration_parts(store)
         found = dict(
             maker(partial(_calibrate_part, str(run.path)), [(place, part) for place in staged for part in parts])
         )
         for place, bank in staged.items():
-            net = wanted[bank][0]
+            net = wanted[bank].net
             features.freeze(net, [found[place, part] for part in parts])
             export.write(Path(place) / export.DISCRIMINATOR, net, run, store)
         rows = [(split, part) for split in scored.scored for part in range(-(-scored.count(split) // features.PART))]
         jobs = [(place, split, part) for place in staged for split, part in rows]
         for place in _whole(maker(partial(_extract_part, str(run.path)), jobs), len(rows)) if rows else staged:
             bank = staged[place]
-            net, weights, exported = wanted[bank]
-            if exported is not None:
-                export.write(run.path / "export" / export.GENERATOR, exported, run, store)
+            net, weights, generator = wanted[bank]
+            if generator is not None:
+                export.write(run.path / "export" / export.GENERATOR, generator, run, store)
                 export.write(run.path / "export" / export.DISCRIMINATOR, net, run, store)
             storage.seal(Path(place), {"weights": weights, "fingerprint": scored.fingerprint})
             storage.publish(Path(place), bank)

@@ -33,7 +33,7 @@ class RemoteError(OSError):
 
 
 def filesystem(connections: int) -> Any:
-    """S3 by the usual AWS variables, with so many connections at most; nothing is cached, and nothing retried."""
+    """S3 by the usual AWS variables, with so many connections at most; no answer is cached, and nothing retried."""
     import s3fs  # takes a second; only where something is at s3://
     from aiobotocore.session import AioSession
 

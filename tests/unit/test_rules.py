@@ -286,6 +286,21 @@ def test_importing_our_modules_reads_and_writes_nothing_and_brings_no_heavy_libr
     assert not loaded & set(IMPORTERS) - _brought_by("torch", "numpy", "pydantic")
 
 
+DEPLOYED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import flows.reproduce, flows.train_eval
+assert not {"torch", "sklearn", "mlflow", "ray"} & set(sys.modules)
+import dcgan.reproduce
+assert "torch_fidelity" not in sys.modules
+"""
+
+
+def test_deploying_the_flows_imports_no_evaluator_and_other_tables_no_torch_fidelity(tmp_path: Path) -> None:
+    """Seconds of `make up`, and of each row."""
+    python(DEPLOYED, str(ROOT), cwd=tmp_path)
+
+
 SCRIPTS = """
 import importlib, sys
 found = [sys.argv[1], *sys.path]

@@ -20,7 +20,7 @@ from dcgan.evaluate.svm import L2SVM, fit_all, score, score_few_labels
 @pytest.fixture(autouse=True)
 def many_blocks(monkeypatch):
     """As features of full size have: those of the tests would be a single one."""
-    monkeypatch.setitem(samples.BLOCK_BYTES, "cpu", 65_536)  # three blocks of 80 samples, eight of the digits
+    monkeypatch.setitem(samples.BLOCK_BYTES, "cpu", 1)  # 16 rows
     monkeypatch.setattr(products, "COLUMNS", 50)
 
 
@@ -87,7 +87,9 @@ def objective(weights, biases, x, y, c):
         (more_features_than_samples(), 10.0),
     ],
 )
-def test_reaches_the_objective_of_linear_svc(data, c):
+def test_reaches_the_objective_of_linear_svc(data, c, monkeypatch):
+    # Three blocks of 80 samples, eight of the digits: 16 rows at a time would be half a million products.
+    monkeypatch.setitem(samples.BLOCK_BYTES, "cpu", 65_536)
     x, y = data
     ours = L2SVM(C=c).fit(x, y)
     theirs = LinearSVC(C=c, dual=False, tol=1e-6, max_iter=2000).fit(x.astype(float), y)
